@@ -1,0 +1,51 @@
+"""Thoughtbubbles: language models that fork and delete residual streams to think in parallel.
+
+Importing the package registers its models with the Auto classes of transformers. Only the command
+`thoughtbubbles` imports them later, when it needs them, so that its help answers at once.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
+    from thoughtbubbles.conversion import convert_released_state_dict
+    from thoughtbubbles.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
+    from thoughtbubbles.streams import Streams
+
+__version__ = "0.1.0"
+__all__ = [
+    "Streams",
+    "ThoughtbubblesConfig",
+    "ThoughtbubblesForCausalLM",
+    "ThoughtbubblesModel",
+    "__version__",
+    "convert_released_state_dict",
+]
+
+_HOMES = {
+    "Streams": "streams",
+    "ThoughtbubblesConfig": "configuration",
+    "ThoughtbubblesForCausalLM": "modeling",
+    "ThoughtbubblesModel": "modeling",
+    "convert_released_state_dict": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _is_the_command() -> bool:
+    """Whether this process is `thoughtbubbles` or `python -m thoughtbubbles`."""
+    if sys.argv[:1] == ["-m"]:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return Path(sys.argv[0] if sys.argv else "").stem == __name__
+
+
+if not _is_the_command():
+    import_module(f"{__name__}.modeling")
