@@ -1,0 +1,72 @@
+"""The budget: streams per token that may exist, an exact rational (Design 3.3)."""
+
+from fractions import Fraction
+from functools import lru_cache
+from typing import overload
+
+import torch
+
+Budget = int | float | str | Fraction
+
+# Multiples n beyond this are refused; it keeps `numerator * n` far inside int64.
+MAX_TOKENS = 2**24
+MAX_BUDGET = 1024
+
+
+def parse_budget(budget: Budget, name: str = "budget") -> Fraction:
+    """Read a budget as the exact rational of its decimal text: 1.2 is 6/5, "4/3" is 4/3.
+
+    Raises:
+        ValueError: if it is no number, below 1 or above 1024.
+    """
+    expected = f"expected a number of streams per token from 1 to {MAX_BUDGET}, such as 1, 1.5, 2 or '4/3'"
+    try:
+        if isinstance(budget, bool):
+            raise ValueError
+        value = Fraction(budget if isinstance(budget, int | Fraction) else str(budget))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{name}={budget!r}: {expected}") from None
+    if not 1 <= value <= MAX_BUDGET:
+        raise ValueError(f"{name}={budget!r}: {expected}")
+    return value
+
+
+@overload
+def floor_times(ratio: Fraction, n: int) -> int: ...
+@overload
+def floor_times(ratio: Fraction, n: torch.Tensor) -> torch.Tensor: ...
+def floor_times(ratio: Fraction, n: int | torch.Tensor) -> int | torch.Tensor:
+    """floor(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (Design 3.3)."""
+    bound, _ = _neighbours(ratio)
+    return bound.numerator * n // bound.denominator
+
+
+@overload
+def ceil_times(ratio: Fraction, n: int) -> int: ...
+@overload
+def ceil_times(ratio: Fraction, n: torch.Tensor) -> torch.Tensor: ...
+def ceil_times(ratio: Fraction, n: int | torch.Tensor) -> int | torch.Tensor:
+    """ceil(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (Design 3.3)."""
+    _, bound = _neighbours(ratio)
+    return -(-bound.numerator * n // bound.denominator)
+
+
+@lru_cache(maxsize=256)
+def _neighbours(ratio: Fraction) -> tuple[Fraction, Fraction]:
+    """The closest fractions with denominators <= MAX_TOKENS at or below and at or above `ratio`.
+
+    No fraction m / n with n <= MAX_TOKENS lies strictly between `ratio` and either of them, so they have
+    the same floor(ratio * n) and ceil(ratio * n), while their products with n fit int64 where those of a
+    long decimal would not. Found as convergent and semiconvergent of the continued fraction.
+    """
+    if ratio.denominator <= MAX_TOKENS:
+        return ratio, ratio
+    p0, q0, p1, q1 = 0, 1, 1, 0
+    n, d = ratio.numerator, ratio.denominator
+    while q0 + (n // d) * q1 <= MAX_TOKENS:
+        a = n // d
+        p0, q0, p1, q1 = p1, q1, p0 + a * p1, q0 + a * q1
+        n, d = d, n - a * d
+    k = (MAX_TOKENS - q0) // q1
+    pair = sorted((Fraction(p1, q1), Fraction(p0 + k * p1, q0 + k * q1)))
+    return pair[0], pair[1]

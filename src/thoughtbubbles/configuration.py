@@ -1,0 +1,242 @@
+"""Configuration of a Thoughtbubbles model and its presets (Design 5.1)."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from thoughtbubbles.budget import Budget, parse_budget
+
+ROUTINGS = ("causal", "topk", "none")
+ATTENUATIONS = ("paper", "released", "none")
+MERGES = ("residual", "residual-normed", "probability", "root")
+
+Preset = Callable[[], dict[str, Any]]
+PRESETS: dict[str, Preset] = {}
+
+
+class ThoughtbubblesConfig(PreTrainedConfig):
+    r"""Shape and rules of a Thoughtbubbles decoder.
+
+    Args:
+        vocab_size: tokens in the vocabulary (V).
+        hidden_size: width of a residual stream (D).
+        num_hidden_layers: number of blocks (L).
+        num_attention_heads: heads of every attention (H); the head size K = D / H must be even.
+        intermediate_size: width of the MLP; None is 4 D.
+        hidden_act: activation of the MLP, a name that transformers knows; `gelu` is the erf one.
+        use_bias: biases in the linear layers of the blocks and in every LayerNorm.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        hidden_dropout: dropout probability on embeddings and on every residual update.
+        rope_theta: base of the rotary frequencies (Design 3.4).
+        max_position_embeddings: the longest row in tokens, padding included; longer input is a ValueError.
+        initializer_range: standard deviation of normal initialisation; output projections into the residual
+            stream use initializer_range / sqrt(2 L).
+        fork_layers: 0-based indices of the layers whose input passes a gate and routing; None is a quarter,
+            a half and three quarters of the depth. Without effect when routing is `none`.
+        budget: streams per token that may exist, at least 1, taken as the exact rational of its decimal text
+            (Design 3.3). The default at run time; `forward(budget=...)` overrides it.
+        routing: `causal` (exactly left to right), `topk` (the paper's, whole row) or `none` (dense).
+        attenuation: `paper`, `released` or `none` (Design 3.5).
+        merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6).
+        tie_word_embeddings: the unembedding is the embedding.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+
+    model_type = "thoughtbubbles"
+    keys_to_ignore_at_inference = ["past_key_values", "streams"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    use_bias: bool = True
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float = 0.0
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.02
+    fork_layers: list[int] | None = None
+    budget: Budget = 2.0
+    routing: str = "causal"
+    attenuation: str = "paper"
+    merge: str = "residual"
+    use_cache: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_integers(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.fork_layers is None:
+            self.fork_layers = default_fork_layers(self.num_hidden_layers)
+        if isinstance(self.budget, Fraction):
+            self.budget = str(self.budget)
+        _check_integers(self, "intermediate_size")
+        self._check_shape()
+        self._check_numbers()
+        self._check_rules()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "ThoughtbubblesConfig":
+        """The configuration of a named size, with any field overridden.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in PRESETS:
+            raise _invalid("preset", name, f"one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name](), **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        """K, the size of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]:
+        """The layers that have a gate: the fork layers, none when routing is `none`."""
+        return () if self.routing == "none" else tuple(self.fork_layers or ())
+
+    def exact_budget(self, override: Budget | None = None) -> Fraction:
+        """The budget of a call as an exact rational: `override`, or else the configured one."""
+        return parse_budget(self.budget if override is None else override)
+
+    def _check_shape(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise _invalid(
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}",
+            )
+        layers = self.fork_layers
+        allowed = f"distinct 0-based layers in ascending order, each below num_hidden_layers={self.num_hidden_layers}"
+        if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+            raise _invalid("fork_layers", layers, f"a list of {allowed}")
+        if list(layers) != sorted(set(layers)) or any(not 0 <= i < self.num_hidden_layers for i in layers):
+            raise _invalid("fork_layers", layers, allowed)
+        self.fork_layers = list(layers)
+
+    def _check_numbers(self) -> None:
+        _check_number(self, "layer_norm_eps", lambda v: v > 0, "a number above 0")
+        _check_number(self, "rope_theta", lambda v: v > 0, "a number above 0")
+        _check_number(self, "initializer_range", lambda v: v >= 0, "a number of at least 0")
+        _check_number(self, "hidden_dropout", lambda v: 0 <= v < 1, "a probability in [0, 1)")
+        parse_budget(self.budget)
+
+    def _check_rules(self) -> None:
+        for field, allowed in (
+            ("routing", ROUTINGS),
+            ("attenuation", ATTENUATIONS),
+            ("merge", MERGES),
+        ):
+            if getattr(self, field) not in allowed:
+                raise _invalid(field, getattr(self, field), f"one of {', '.join(allowed)}")
+        if self.hidden_act not in ACT2FN:
+            raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
+
+
+def default_fork_layers(num_hidden_layers: int) -> list[int]:
+    """Fork layers after a quarter, a half and three quarters of the blocks: [3, 7, 11] of 16."""
+    layers = {num_hidden_layers * quarter // 4 - 1 for quarter in (1, 2, 3)}
+    return sorted(layer for layer in layers if layer >= 0) or [0]
+
+
+def _invalid(field: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{field}={value!r}: expected {allowed}")
+
+
+def _check_integers(config: ThoughtbubblesConfig, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if type(value) is not int or value < 1:
+            raise _invalid(field, value, "a whole number of at least 1")
+
+
+def _check_number(config: ThoughtbubblesConfig, field: str, valid: Callable[[float], bool], allowed: str) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+        raise _invalid(field, value, allowed)
+
+
+def _preset(name: str) -> Callable[[Preset], Preset]:
+    def register(preset: Preset) -> Preset:
+        PRESETS[name] = preset
+        return preset
+
+    return register
+
+
+def _shape(layers: int, hidden: int, heads: int, forks: list[int], tokens: int = 1024) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "fork_layers": forks,
+        "max_position_embeddings": tokens,
+    }
+
+
+@_preset("nano")
+def _nano() -> dict[str, Any]:
+    """4 layers x 128, for tests and a first look: 1,318,912 parameters (vocabulary 4,096)."""
+    return {"vocab_size": 4096, **_shape(4, 128, 4, [1, 2], 512)}
+
+
+@_preset("micro")
+def _micro() -> dict[str, Any]:
+    """8 layers x 192, trains on a laptop in minutes: 4,348,608 parameters (vocabulary 4,096)."""
+    return {"vocab_size": 4096, **_shape(8, 192, 6, [2, 4, 6], 512)}
+
+
+@_preset("mini")
+def _mini() -> dict[str, Any]:
+    """8 layers x 512, for one small GPU: 50,959,360 parameters (vocabulary 50,257)."""
+    return _shape(8, 512, 8, [2, 4, 6])
+
+
+@_preset("150m")
+def _150m() -> dict[str, Any]:
+    """16 layers x 768, the closest shape to the paper's 150M: 152,016,384 parameters."""
+    return _shape(16, 768, 12, [3, 7, 11])
+
+
+@_preset("319m")
+def _319m() -> dict[str, Any]:
+    """21 layers x 1024, the closest shape to the paper's 319M: 316,001,280 parameters."""
+    return _shape(21, 1024, 16, [3, 7, 11])
+
+
+@_preset("530m")
+def _530m() -> dict[str, Any]:
+    """38 layers x 1024, the closest shape to the paper's 530M: 530,137,088 parameters."""
+    return _shape(38, 1024, 16, [3, 7, 11])
+
+
+@_preset("772m")
+def _772m() -> dict[str, Any]:
+    """36 layers x 1280, the released shape: 772,738,560 parameters."""
+    return _shape(36, 1280, 20, [3, 7, 11])
+
+
+@_preset("1.9b")
+def _1_9b() -> dict[str, Any]:
+    """36 layers x 2048, the released shape: 1,915,858,944 parameters."""
+    return _shape(36, 2048, 16, [2, 5, 8])
