@@ -1,0 +1,88 @@
+"""The gate before a fork layer: scores, survivors, fork embedding (Design 3.2)."""
+
+import math
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.routing import ROUTERS, width_after_routing
+from thoughtbubbles.streams import Streams
+
+MIN_LOG_SIGMOID = -20.0
+
+
+class _WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 or wider, whatever the type of input and weights."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(input.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps)
+
+
+class _WideLinear(nn.Linear):
+    """Linear map in float32 or wider; a module, so that adapters can wrap it."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class ForkGate(nn.Module):
+    """Scores a fork and a keep of every stream and lets the router choose who goes on (Design 3.2)."""
+
+    def __init__(self, config: ThoughtbubblesConfig) -> None:
+        super().__init__()
+        self.routing = config.routing
+        self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.projection = _WideLinear(config.hidden_size, 2, bias=False)
+        self.fork_embedding = nn.Parameter(torch.rand(config.hidden_size) / math.sqrt(config.hidden_size))
+
+    def forward(self, streams: Streams, budget: Fraction) -> Streams:
+        """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1)."""
+        scores = self.candidate_scores(streams)
+        token = streams.token.repeat_interleave(2, dim=1)
+        alive = streams.alive.repeat_interleave(2, dim=1)
+        optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
+        survive = ROUTERS[self.routing](scores.detach(), token, optional, alive, budget)
+        width = width_after_routing(self.routing, streams.token.shape[1], streams.num_tokens, budget)
+        origin, alive = pack_left(survive, width)
+        return self._select(streams, scores, origin, alive)
+
+    def candidate_scores(self, streams: Streams) -> Tensor:
+        """[B, 2N] log scores of the candidates, (fork, keep) where each stream stood."""
+        with torch.autocast(streams.residual.device.type, enabled=False):
+            gates = F.logsigmoid(self.projection(self.norm(streams.residual)))
+        return (streams.log_score[..., None] + gates.clamp(min=MIN_LOG_SIGMOID)).flatten(1)
+
+    def _select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
+        """The streams that the candidates `origin` [B, N'] become; slots not alive are emptied."""
+        source = origin // 2
+        rows = torch.arange(len(source), device=source.device)[:, None] * streams.token.shape[1]
+        residual = streams.residual.flatten(0, 1).index_select(0, (source + rows).flatten())
+        residual = residual.view(*source.shape, -1)
+        is_fork = (origin % 2 == 0)[..., None]
+        residual = residual + is_fork.to(residual.dtype) * self.fork_embedding.to(residual.dtype)
+        return Streams(
+            residual=torch.where(alive[..., None], residual, 0),
+            log_score=torch.where(alive, scores.gather(1, origin), 0),
+            token=torch.where(alive, streams.token.gather(1, source), streams.num_tokens),
+            alive=alive,
+            num_tokens=streams.num_tokens,
+            origin=torch.where(alive, origin, -1),
+        )
+
+
+def pack_left(survive: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices [B, width] of the survivors of each row, in order and packed left, and which are real [B, width].
+
+    Slots past a row's survivors hold index 0 and are not real.
+    """
+    batch, candidates = survive.shape
+    place = torch.where(survive, survive.cumsum(1) - 1, width)
+    index = torch.zeros(batch, width + 1, dtype=torch.int64, device=survive.device)
+    index.scatter_(1, place, torch.arange(candidates, device=survive.device).expand(batch, -1))
+    alive = torch.arange(width, device=survive.device) < survive.sum(1, keepdim=True)
+    return torch.where(alive, index[:, :width], 0), alive

@@ -1,0 +1,103 @@
+"""Routers: which candidates of a fork layer survive (Design 3.3).
+
+A router is a pure function of the candidates' scores, never of residuals. All of them take
+
+    scores    [B, M] float, log scores of the candidates in packed order
+    token     [B, M] int64, ordinal of each candidate's token, non-decreasing; anything where not alive
+    optional  [B, M] bool, every alive candidate that is not the keep of a root
+    alive     [B, M] bool
+    budget    the exact rational kappa
+
+and return survive [B, M] bool. The keeps of roots survive every rule, order is preserved, ties go to the
+leftmost.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from thoughtbubbles.budget import ceil_times, floor_times
+
+Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
+
+
+@torch.no_grad()
+def route_causal(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
+    """Left to right within an allowance: no decision depends on a later token (Design 3.3, `causal`).
+
+    Both steps of the rule are evaluated in visiting order: by token, and by descending score within one.
+    """
+    rank = _rank_optional(scores, optional)
+    visit = torch.argsort(torch.where(alive, token, token.shape[1]) * token.shape[1] + rank, dim=1)
+    optional_ = optional.gather(1, visit)
+    allowance = floor_times(budget - 1, token.gather(1, visit) + 1)
+
+    # Before c come, in visiting order, all optional candidates of earlier tokens and the better ones of its
+    # own: exactly those of tokens <= t that may outrank it.
+    eligible = optional_ & (_count_smaller_before(rank.gather(1, visit)) < allowance)
+    admitted = _admit_within_credit(eligible, allowance)
+    return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
+
+
+@torch.no_grad()
+def route_topk(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
+    """The paper's rule: the ceil(kappa n) best of the whole row of n tokens, roots first (Design 3.3, `topk`).
+
+    It leaks: whether an early fork survives depends on later tokens.
+    """
+    roots = alive & ~optional
+    tokens = roots.sum(1, keepdim=True)
+    return roots | (optional & (_rank_optional(scores, optional) < ceil_times(budget, tokens) - tokens))
+
+
+ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk}
+
+
+def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fraction) -> int:
+    """N' = min(2N, floor(kappa T)), ceil for topk: static for a shape, whatever the content (Design 3.1)."""
+    round_ = ceil_times if routing == "topk" else floor_times
+    return min(2 * width, round_(budget, num_tokens))
+
+
+def _rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
+    """[B, M] place of each candidate in a stable descending sort, all optional ones first: a permutation."""
+    order = torch.argsort(scores.masked_fill(~optional, -torch.inf), dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+
+
+def _admit_within_credit(eligible: Tensor, allowance: Tensor) -> Tensor:
+    """Step 2 of the causal rule in closed form (Design 3.3); both [B, M] in visiting order."""
+    visited = eligible.cumsum(1)
+    slack = torch.where(eligible, allowance - visited, 0)
+    admitted_so_far = visited + slack.cummin(1).values.clamp(max=0)
+    return eligible & (admitted_so_far.diff(dim=1, prepend=torch.zeros_like(visited[:, :1])) > 0)
+
+
+def _count_smaller_before(rank: Tensor) -> Tensor:
+    """For each place of a permutation [B, M] the number of smaller values to its left, in O(M log M).
+
+    Radix partition from the highest bit down. When the values are grouped by their bits above the current one,
+    each group a contiguous block in original order, a value with the bit set has to its left, within its block,
+    the smaller ones that first differ from it in this bit: one cumulative sum a bit counts them.
+    """
+    batch, length = rank.shape
+    bits = max(length - 1, 1).bit_length()
+    size = 1 << bits
+    fill = torch.arange(length, size, device=rank.device).expand(batch, -1)
+    values = torch.cat([rank, fill], dim=1)
+    counts = torch.zeros_like(values)
+    for bit in reversed(range(bits)):
+        blocks = values.view(batch, -1, 2 << bit)
+        is_set = (blocks >> bit) & 1
+        zeros = (1 - is_set).cumsum(2)
+        place = torch.arange(2 << bit, device=rank.device)
+        # Each block holds as many values with the bit as without: zeros go to its first half, ones to its second.
+        target = torch.where(is_set == 1, (1 << bit) + place - zeros, zeros - 1)
+        counts = counts.view_as(blocks) + is_set * zeros
+        values = torch.empty_like(blocks).scatter_(2, target, blocks).view(batch, size)
+        counts = torch.empty_like(blocks).scatter_(2, target, counts).view(batch, size)
+    return counts.gather(1, rank)
