@@ -1,0 +1,375 @@
+"""The slow, obvious version of the whole forward: Design 3 as code, to test every fast path against.
+
+Everything is float64 and stands in Python lists: rows, tokens and streams are looped over, so there is no
+padding, no packing and no mask here. It shares no code with the fast paths, on purpose.
+
+Shape letters (Design 2): B batch, T tokens, N streams of one row, M = 2N candidates, D hidden size,
+H heads, K head size, V vocabulary, L layers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_SCORE_FLOOR = -20.0
+IGNORED_LABEL = -100
+CHOICES = {
+    "routing": ("causal", "topk", "none"),
+    "attenuation": ("paper", "released", "none"),
+    "merge": ("residual", "residual-normed", "probability", "root"),
+    "hidden_act": ("gelu",),
+}
+
+
+@dataclass(frozen=True)
+class ReferenceStream:
+    """One stream of one row (Design 3.1)."""
+
+    residual: Tensor  # [D]
+    log_score: Tensor  # scalar, natural log of the cumulative score
+    token: int  # ordinal of its token among the real tokens of the row, from 0
+    is_root: bool
+
+
+@dataclass(frozen=True)
+class ReferenceFork:
+    """What one fork layer did to one row (Design 3.2, 3.3)."""
+
+    candidate_scores: Tensor  # [M] log scores, each stream's (fork, keep) where the stream stood
+    candidate_tokens: list[int]
+    optional: list[bool]
+    survivors: list[int]  # ascending candidate indices
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """The result of `reference_forward`; state l enters block l (after its gate and routing), L is last."""
+
+    logits: Tensor  # [B, T, V]; zeros at padding columns
+    loss: Tensor | None  # scalar: mean over targets; nan where there is none
+    states: list[list[list[ReferenceStream]]]  # [row][layer boundary 0..L][stream]
+    forks: list[dict[int, ReferenceFork]]  # [row][fork layer]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The configuration and parameters of one run, with what follows from them."""
+
+    config: Any
+    parameters: Mapping[str, Tensor]
+    budget: Fraction
+    fork_layers: frozenset[int]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """Apply the matrix `name`, and its bias where it has one: [in] to [out]."""
+        return F.linear(x, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """Apply the LayerNorm `name`: [D] to [D]."""
+        weight, bias = self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias")
+        return F.layer_norm(x, x.shape, weight, bias, self.config.layer_norm_eps)
+
+
+# --- Routing (Design 3.3) ---
+
+
+def route_causal(
+    scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
+) -> list[bool]:
+    """Choose survivors by the causal rule, steps 1 and 2 literally (Design 3.3).
+
+    All arguments have length M and describe alive candidates in packed order; so does the result.
+    """
+
+    def allowance(token: int) -> int:
+        return math.floor((budget - 1) * (token + 1))
+
+    candidates = [c for c in range(len(scores)) if optional[c]]
+    ranked = sorted(candidates, key=lambda c: (-scores[c], c))  # ties: leftmost first
+    eligible = []
+    for place, c in enumerate(ranked):
+        rivals = [other for other in ranked[:place] if tokens[other] <= tokens[c]]
+        if len(rivals) < allowance(tokens[c]):
+            eligible.append(c)
+
+    survive = [not is_optional for is_optional in optional]
+    admitted = 0
+    # The sort is stable: within a token the candidates stay in descending order of score.
+    for c in sorted(eligible, key=lambda c: tokens[c]):
+        if admitted < allowance(tokens[c]):
+            survive[c] = True
+            admitted += 1
+    return survive
+
+
+def route_topk(
+    scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
+) -> list[bool]:
+    """Choose survivors by the paper's rule, over the whole row (Design 3.3).
+
+    Arguments as for `route_causal`; `tokens` plays no part.
+    """
+    survive = [not is_optional for is_optional in optional]
+    tokens_in_row = sum(survive)
+    room = math.ceil(budget * tokens_in_row) - tokens_in_row
+    candidates = [c for c in range(len(scores)) if optional[c]]
+    for c in sorted(candidates, key=lambda c: (-scores[c], c))[:room]:
+        survive[c] = True
+    return survive
+
+
+def _final_width(model: _Model, padded_length: int) -> int:
+    """Return the static number of stream slots of a row after the last fork layer (Design 3.1)."""
+    whole = math.ceil if model.config.routing == "topk" else math.floor
+    width = padded_length
+    for _ in model.fork_layers:
+        width = min(2 * width, whole(model.budget * padded_length))
+    return width
+
+
+# --- Gate (Design 3.2) ---
+
+
+def _candidate_scores(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[Tensor]:
+    """Return the M candidate log scores: of every stream the fork's, then the keep's (Design 3.2)."""
+    scores: list[Tensor] = []
+    for stream in streams:
+        normed = model.layer_norm(f"model.gates.{layer}.norm", stream.residual)
+        fork, keep = model.linear(f"model.gates.{layer}.projection", normed)
+        scores += [stream.log_score + F.logsigmoid(g).clamp(min=LOG_SCORE_FLOOR) for g in (fork, keep)]
+    return scores
+
+
+def _fork(
+    model: _Model, layer: int, streams: list[ReferenceStream], given: Sequence[int] | None
+) -> tuple[list[ReferenceStream], ReferenceFork]:
+    """Apply gate and routing, or the `given` survivors, to one row (Design 3.2, 3.3, 3.10)."""
+    scores = _candidate_scores(model, layer, streams)
+    tokens = [stream.token for stream in streams for _ in range(2)]
+    optional = [choice for stream in streams for choice in (True, not stream.is_root)]
+    if given is None:
+        route = route_topk if model.config.routing == "topk" else route_causal
+        survive = route([score.item() for score in scores], tokens, optional, model.budget)
+        survivors = [c for c in range(len(scores)) if survive[c]]
+    else:
+        survivors = sorted(set(given))
+        if not all(c in survivors or is_optional for c, is_optional in enumerate(optional)):
+            raise ValueError(f"survivors of fork layer {layer}: a root's keep is missing from {survivors}")
+
+    embedding = model.parameters[f"model.gates.{layer}.fork_embedding"]
+    forked = []
+    for c in survivors:
+        source = streams[c // 2]
+        if c % 2 == 0:
+            forked.append(ReferenceStream(source.residual + embedding, scores[c], source.token, False))
+        else:
+            forked.append(replace(source, log_score=scores[c]))
+    # A row of padding alone has no candidates, and torch stacks no empty list.
+    stacked = torch.stack(scores) if scores else embedding.new_zeros(0)
+    return forked, ReferenceFork(stacked, tokens, optional, survivors)
+
+
+# --- Positions (Design 3.4) and attention (Design 3.5) ---
+
+
+def bubble_positions(tokens: Sequence[int]) -> list[Fraction]:
+    """Return the exact rotary position of every stream, given its token's ordinal (Design 3.4)."""
+    positions = []
+    for index, token in enumerate(tokens):
+        place = tokens[: index + 1].count(token)
+        positions.append(token + Fraction(place, tokens.count(token)))
+    return positions
+
+
+def _rotate(x: Tensor, position: Fraction, theta: float) -> Tensor:
+    """Rotate every head of x [H, K] to a position; channel j pairs with j + K/2 (Design 3.4)."""
+    half = x.shape[-1] // 2
+    inverse_frequency = theta ** (-2 * torch.arange(half, dtype=torch.float64, device=x.device) / x.shape[-1])
+    angle = float(position) * inverse_frequency
+    first, second = x[:, :half], x[:, half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _with_last_channel(x: Tensor, value: Tensor) -> Tensor:
+    """Replace the last channel of every head of x [H, K] by a scalar (Design 3.5, released)."""
+    return torch.cat([x[:, :-1], value.expand(x.shape[0], 1)], dim=-1)
+
+
+def _update_weight(model: _Model, stream: ReferenceStream) -> Tensor:
+    """Return p, the weight of a stream's updates and values: a scalar (Design 3.5)."""
+    if model.config.attenuation == "none":
+        return torch.ones_like(stream.log_score)
+    return stream.log_score.exp()
+
+
+def _project(model: _Model, layer: int, stream: ReferenceStream, position: Fraction) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and attenuated value of one stream, [H, K] each (Design 3.4, 3.5)."""
+    heads = model.config.num_attention_heads
+    normed = model.layer_norm(f"model.layers.{layer}.attention_norm", stream.residual)
+    q, k, v = model.linear(f"model.layers.{layer}.attention.qkv_proj", normed).view(3, heads, -1)
+    q, k = (_rotate(x, position, model.config.rope_theta) for x in (q, k))
+    if model.config.attenuation == "released" and model.fork_layers:
+        q = _with_last_channel(q, torch.ones_like(stream.log_score))
+        k = _with_last_channel(k, stream.log_score)
+    return q, k, v * _update_weight(model, stream)
+
+
+def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[Tensor]:
+    """Return Attention(LayerNorm(x)) of every stream: N vectors [D] (Design 3.5)."""
+    if not streams:
+        return []
+    positions = bubble_positions([stream.token for stream in streams])
+    projected = [_project(model, layer, *each) for each in zip(streams, positions, strict=True)]
+    queries, keys, values = (torch.stack(each) for each in zip(*projected, strict=True))
+    log_scores = torch.stack([stream.log_score for stream in streams])
+    updates = []
+    for index in range(len(streams)):
+        seen = slice(0, index + 1)
+        attended = []
+        for head, query in enumerate(queries[index]):
+            logits = keys[seen, head] @ query / math.sqrt(len(query))
+            if model.config.attenuation == "paper":
+                logits = logits + log_scores[seen]
+            attended.append(logits.softmax(dim=0) @ values[seen, head])
+        updates.append(model.linear(f"model.layers.{layer}.attention.o_proj", torch.cat(attended)))
+    return updates
+
+
+def _mlp(model: _Model, layer: int, stream: ReferenceStream) -> Tensor:
+    """Return MLP(LayerNorm(x)) of one stream: [D] (Design 3.5)."""
+    normed = model.layer_norm(f"model.layers.{layer}.mlp_norm", stream.residual)
+    hidden = F.gelu(model.linear(f"model.layers.{layer}.mlp.up_proj", normed))
+    return model.linear(f"model.layers.{layer}.mlp.down_proj", hidden)
+
+
+def _updated(model: _Model, stream: ReferenceStream, update: Tensor) -> ReferenceStream:
+    """Return the stream with x + p * update as its residual (Design 3.5)."""
+    return replace(stream, residual=stream.residual + _update_weight(model, stream) * update)
+
+
+def _block(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:
+    """Apply one transformer block to the streams of one row (Design 3.5)."""
+    updates = _attention(model, layer, streams)
+    streams = [_updated(model, stream, update) for stream, update in zip(streams, updates, strict=True)]
+    return [_updated(model, stream, _mlp(model, layer, stream)) for stream in streams]
+
+
+# --- Merge (Design 3.6) ---
+
+
+def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tensor:
+    """Turn the streams of one token into its logits [V] (Design 3.6)."""
+    embedding = model.parameters["model.embed_tokens.weight"]
+    unembedding = model.parameters.get("lm_head.weight", embedding)
+    # Where the released code skips the weighting, every stream counts as if its log score were 0.
+    log_scores = torch.stack([stream.log_score * int(weighted) for stream in bubble])
+    residuals = torch.stack([stream.residual for stream in bubble])
+    normed = torch.stack([model.layer_norm("model.norm", x) for x in residuals])
+
+    if model.config.merge == "root":
+        return unembedding @ normed[[stream.is_root for stream in bubble].index(True)]
+    if model.config.merge == "residual":
+        return unembedding @ model.layer_norm("model.norm", log_scores.exp() @ residuals)
+    if model.config.merge == "residual-normed":
+        return unembedding @ (log_scores.exp() @ normed)
+    log_probabilities = torch.stack([(unembedding @ x).log_softmax(dim=0) for x in normed])
+    return (log_scores.log_softmax(dim=0)[:, None] + log_probabilities).logsumexp(dim=0)
+
+
+# --- The whole forward ---
+
+
+def _row_forward(
+    model: _Model, token_ids: list[int], given: Mapping[int, Sequence[int]] | None, weighted: bool
+) -> tuple[list[Tensor], list[list[ReferenceStream]], dict[int, ReferenceFork]]:
+    """Run one row of n real tokens: n logits [V], the L + 1 states, the forks (Design 3.1)."""
+    embedding = model.parameters["model.embed_tokens.weight"]
+    streams = [
+        ReferenceStream(embedding[token_id], embedding.new_zeros(()), ordinal, True)
+        for ordinal, token_id in enumerate(token_ids)
+    ]
+    states, forks = [], {}
+    for layer in range(model.config.num_hidden_layers):
+        if layer in model.fork_layers:
+            streams, forks[layer] = _fork(model, layer, streams, None if given is None else given[layer])
+        states.append(streams)
+        streams = _block(model, layer, streams)
+    states.append(streams)
+    bubbles = [[s for s in streams if s.token == ordinal] for ordinal in range(len(token_ids))]
+    return [_merge(model, bubble, weighted) for bubble in bubbles], states, forks
+
+
+def _row_losses(logits: list[Tensor], labels: list[int]) -> list[Tensor]:
+    """Score the logits of each real token against the label of the next one (Design 3.7)."""
+    return [
+        F.cross_entropy(token_logits, torch.tensor(label, device=token_logits.device))
+        for token_logits, label in zip(logits[:-1], labels[1:], strict=True)
+        if label != IGNORED_LABEL
+    ]
+
+
+def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any) -> _Model:
+    """Check the values that this file branches on and gather what a run needs."""
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {getattr(config, name)!r}")
+    # The decimal text makes 1.2 exactly 6/5, which the float is not (Design 3.3).
+    exact_budget = Fraction(str(config.budget if budget is None else budget))
+    if exact_budget < 1:
+        raise ValueError(f"budget: expected a ratio of at least 1, got {exact_budget}")
+    fork_layers = frozenset() if config.routing == "none" else frozenset(config.fork_layers)
+    return _Model(config, {k: v.to(torch.float64) for k, v in parameters.items()}, exact_budget, fork_layers)
+
+
+def reference_forward(
+    config: Any,
+    parameters: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    budget: int | float | str | Fraction | None = None,
+    survivors: Sequence[Mapping[int, Sequence[int]]] | None = None,
+) -> ReferenceOutput:
+    """Run the forward of Design 3 on [B, T] token ids, slowly and in float64; differentiable.
+
+    Args:
+        config: any object with the attributes of `ThoughtbubblesConfig`.
+        parameters: a state dict by name; gradients flow to whatever in it requires them.
+        input_ids: [B, T] token ids.
+        attention_mask: [B, T], nonzero at real tokens, anywhere in the row; all real where None.
+        labels: [B, T], the token ids themselves: the shift happens here (Design 3.7).
+        budget: used instead of `config.budget` (Design 3.9).
+        survivors: per row and fork layer the candidate indices that survive, instead of the router's
+            decision (Design 3.10); then every row and fork layer needs its entry.
+    """
+    model = _model(config, parameters, budget)
+    rows, length = input_ids.shape
+    # The released code decides by the static width, whatever the row's own streams are (Design 3.6).
+    weighted = config.attenuation != "released" or _final_width(model, length) != length
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    padding = model.parameters["model.embed_tokens.weight"].new_zeros(config.vocab_size)
+
+    logits, losses, states, forks = [], [], [], []
+    for row in range(rows):
+        columns = [column for column in range(length) if mask[row, column]]
+        token_ids = [int(input_ids[row, column]) for column in columns]
+        given = None if survivors is None else survivors[row]
+        row_logits, row_states, row_forks = _row_forward(model, token_ids, given, weighted)
+        if labels is not None:
+            losses += _row_losses(row_logits, [int(labels[row, column]) for column in columns])
+        at_column = dict(zip(columns, row_logits, strict=True))
+        logits.append(torch.stack([at_column.get(column, padding) for column in range(length)]))
+        states.append(row_states)
+        forks.append(row_forks)
+
+    loss = None
+    if labels is not None:
+        loss = torch.stack(losses).mean() if losses else padding.new_tensor(math.nan)
+    return ReferenceOutput(torch.stack(logits), loss, states, forks)
