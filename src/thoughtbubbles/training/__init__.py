@@ -1,0 +1,1 @@
+"""Training: recipes and runs of the transformers Trainer."""

@@ -1,0 +1,62 @@
+"""A tiny corpus and a tiny trained run, made once for all tests that need one."""
+
+from pathlib import Path
+
+import pytest
+
+from thoughtbubbles.data import PreparedData, load_prepared, prepare
+from thoughtbubbles.training.recipe import Recipe, load_recipe
+from thoughtbubbles.training.run import train
+
+BLOCK = 16
+RECIPE = """
+model:
+  num_hidden_layers: 3
+  hidden_size: 16
+  num_attention_heads: 2
+  fork_layers: [1, 2]
+  budget: 1.5
+data:
+  path: {data}
+training:
+  output: {output}
+  steps: 12
+  batch_size: 4
+  learning_rate: 1e-2
+  log_every: 2
+  eval_every: 4
+  save_every: 4
+"""
+
+
+def sentences(count: int) -> list[str]:
+    """Documents with some regularity, all different."""
+    words = ["stream", "token", "root", "fork", "gate", "budget", "layer", "bubble"]
+    return [
+        "\n".join(f"the {words[(i + j) % 8]} of {words[(3 * i + j) % 8]} number {i * j}" for j in range(12))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    root = tmp_path_factory.mktemp("corpus")
+    for index, text in enumerate(sentences(24)):
+        (root / f"{index:02}.txt").write_text(text)
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(output, [str(root)], vocab_size=300, block_size=BLOCK, validation_fraction=0.2, progress=False)
+    return load_prepared(output)
+
+
+def tiny_recipe(folder: Path, data: Path, *overrides: str) -> Recipe:
+    """The tiny run's recipe with its output in `folder`/run."""
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(data=data, output=folder / "run"))
+    return load_recipe(path, overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: PreparedData) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    train(tiny_recipe(folder, tiny_data.path), progress=False)
+    return folder / "run"
