@@ -1,0 +1,84 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.evaluation.generation import generate_text
+from thoughtbubbles.evaluation.loading import find_model, load_model, load_tokenizer
+
+
+def test_a_run_and_its_model_folder_are_the_same_model(tiny_run: Path) -> None:
+    assert find_model(tiny_run) == find_model(tiny_run / "model") == tiny_run / "model"
+
+
+def test_loaded_tokenizer_is_that_of_the_data(tiny_run: Path, tiny_data: PreparedData) -> None:
+    assert load_tokenizer(tiny_run).get_vocab() == tiny_data.tokenizer().get_vocab()
+
+
+@pytest.fixture
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run / "model", tmp_path / "copy"))
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a folder with config\.json"):
+        find_model(tmp_path)
+
+
+def test_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="expected weights"):
+        load_model(copy)
+
+
+def test_another_kind_of_model(copy: Path) -> None:
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(InputError, match="model_type is 'gpt2', expected 'thoughtbubbles'"):
+        load_model(copy)
+
+
+def test_broken_configuration(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not a configuration"):
+        load_model(copy)
+
+
+def test_truncated_weights(copy: Path) -> None:
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="copy") as error:
+        load_model(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_no_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"expected tokenizer\.json"):
+        load_tokenizer(copy)
+
+
+def test_greedy_text_is_the_argmax_of_each_prefix(tiny_run: Path) -> None:
+    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
+    text = generate_text(model, tokenizer, "the", max_new_tokens=6, temperature=0)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("the", add_special_tokens=False)]
+    for _ in range(6):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_sampling_repeats_for_a_seed_and_stops_at_the_longest_row(tiny_run: Path) -> None:
+    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
+    texts = [generate_text(model, tokenizer, "the", 1000, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompt_too_long(tiny_run: Path) -> None:
+    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
+    with pytest.raises(ValueError, match="expected 1 to 15, separator included"):
+        generate_text(model, tokenizer, "zq" * 40)
