@@ -1,0 +1,113 @@
+"""Plots, written as PNG."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from thoughtbubbles.training.callbacks import read_metrics
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+TOKENS_PER_ROW = 32
+
+
+def plot_losses(runs: Mapping[str, Path], output: Path, title: str = "") -> None:
+    """Validation loss against training tokens, one line for each run's metrics.jsonl.
+
+    Args:
+        runs: label to the folder of a run.
+        output: PNG to write.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, folder), colour in zip(runs.items(), _cycle(LINE_COLOURS, len(runs)), strict=True):
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if "eval_loss" in row]
+        tokens, losses = [row["tokens"] for row in rows], [row["eval_loss"] for row in rows]
+        axes.plot(tokens, losses, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=label)
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (tokens[-1], losses[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+        )
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, output)
+
+
+def plot_bubbles(
+    tokens: Sequence[str], sizes: Sequence[Sequence[int]], fork_layers: Sequence[int], output: Path, title: str = ""
+) -> None:
+    """The number of streams of each token at each layer, tokens in reading order, a few dozen a row.
+
+    Args:
+        tokens: T labels.
+        sizes: [L, T] streams of each token in each block.
+        fork_layers: marked on the layer axis.
+        output: PNG to write.
+    """
+    layers, most = len(sizes), max(max(row) for row in sizes)
+    rows = math.ceil(len(tokens) / TOKENS_PER_ROW)
+    colours = ListedColormap([mpl.colormaps["YlGnBu"](0.05 + 0.8 * i / max(most - 1, 1)) for i in range(most)])
+    norm = BoundaryNorm([i + 0.5 for i in range(most + 1)], most)
+    figure = Figure(figsize=(13, 0.6 + rows * (1.15 + 0.27 * layers)), layout="constrained")
+    panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for row, axes in enumerate(panels):
+        columns = range(row * TOKENS_PER_ROW, min((row + 1) * TOKENS_PER_ROW, len(tokens)))
+        part = [[layer[column] for column in columns] for layer in sizes]
+        image = axes.imshow(part, cmap=colours, norm=norm, aspect="auto", origin="lower")
+        _write_counts(axes, part, most)
+        axes.set_xticks(range(len(columns)), [_visible(tokens[c]) for c in columns], rotation=55, ha="right")
+        axes.tick_params(axis="x", labelsize=9, length=0)
+        axes.set_yticks(range(layers), [f"fork {i}" if i in fork_layers else str(i) for i in range(layers)])
+        axes.set_xlim(-0.5, TOKENS_PER_ROW - 0.5)
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel("layer")
+    bar = figure.colorbar(image, ax=list(panels), ticks=range(1, most + 1), pad=0.01, fraction=0.02)
+    bar.set_label("streams of the token")
+    figure.suptitle(title)
+    _save(figure, output)
+
+
+def _write_counts(axes: Axes, part: Sequence[Sequence[int]], most: int) -> None:
+    for y, row in enumerate(part):
+        for x, count in enumerate(row):
+            colour = "white" if count > 0.6 * most and most > 1 else "#444444"
+            axes.text(x, y, str(count), ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def _visible(token: str) -> str:
+    """A token with its white space shown, short enough for an axis."""
+    shown = re.sub(" {3,}", lambda run: f"·×{len(run[0])}", token)
+    shown = shown.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·").replace("$", r"\$")
+    return shown if len(shown) <= 12 else f"{shown[:11]}…"
+
+
+def _count(value: float, _: object = None) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _cycle(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _save(figure: Figure, output: Path) -> None:
+    partial = output.with_name(f"{output.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(output)

@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from thoughtbubbles import ThoughtbubblesForCausalLM
+from thoughtbubbles.inspection import plots
+from thoughtbubbles.inspection.bubbles import bubble_sizes
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that plots write, for looking at their data."""
+    figures: list[Figure] = []
+    save = plots._save
+
+    def keep(figure: Figure, output: Path) -> None:
+        figures.append(figure)
+        save(figure, output)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
+
+
+def test_losses_are_those_of_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None:
+    for name, losses in (("a", [5.0, 4.0]), ("b", [6.0, 3.5, 3.0])):
+        rows = [{"step": i, "tokens": 100 * i, "eval_loss": loss} for i, loss in enumerate(losses, 1)]
+        rows.insert(1, {"step": 1, "tokens": 100, "loss": 9.0})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.plot_losses({"dense": tmp_path / "a", "ours": tmp_path / "b"}, tmp_path / "loss.png")
+    first, second = drawn[0].axes[0].lines
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([100, 200], [5.0, 4.0])
+    assert list(second.get_ydata()) == [6.0, 3.5, 3.0]
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["dense", "ours"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "loss.png.partial").exists()
+
+
+def test_bubbles_are_drawn_token_by_token(tmp_path: Path, drawn: list[Figure]) -> None:
+    tokens = [f"t{i}" for i in range(40)]
+    sizes = [[1] * 40, [2] * 40, [1 + i % 3 for i in range(40)]]
+    plots.plot_bubbles(tokens, sizes, [1], tmp_path / "bubbles.png")
+    top, bottom = drawn[0].axes[:2]
+    assert top.images[0].get_array().tolist() == [row[:32] for row in sizes]
+    assert bottom.images[0].get_array().tolist() == [row[32:] for row in sizes]
+    assert [label.get_text() for label in bottom.get_xticklabels()] == tokens[32:]
+    assert [label.get_text() for label in top.get_yticklabels()] == ["0", "fork 1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [("\n        ", "↵·×8"), (" the", "·the"), ("$x$", r"\$x\$"), ("a" * 20, "a" * 11 + "…")]
+)
+def test_tokens_show_their_white_space(token: str, shown: str) -> None:
+    assert plots._visible(token) == shown
+
+
+def test_bubble_sizes_are_those_of_the_streams(tiny_run: Path) -> None:
+    model = ThoughtbubblesForCausalLM.from_pretrained(tiny_run / "model")
+    ids = torch.arange(2, 12)[None]
+    sizes = bubble_sizes(model, ids)
+    streams = model(ids, output_streams=True).streams
+    assert sizes.shape == (1, 3, 10)
+    assert sizes.sum(2).tolist() == [[int(s.alive.sum()) for s in streams[:-1]]]
+    assert (bubble_sizes(model, ids, budget=1) == 1).all()
