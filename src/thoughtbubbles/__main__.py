@@ -1,0 +1,6 @@
+"""Entry point of `thoughtbubbles` and `python -m thoughtbubbles`."""
+
+from thoughtbubbles.cli import main
+
+if __name__ == "__main__":
+    main()

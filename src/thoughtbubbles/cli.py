@@ -1,0 +1,230 @@
+"""The command `thoughtbubbles` (Design 5.2).
+
+Commands import what they need when they run, so that help answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thoughtbubbles.errors import InputError
+
+if TYPE_CHECKING:
+    from thoughtbubbles.evaluation.perplexity import Perplexity
+
+app = typer.Typer(
+    name="thoughtbubbles",
+    help="Language models that learn to fork and delete residual streams: parallel thinking in latent space.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = "A trained model: the folder of a run, its model/ folder, or one that save_pretrained wrote."
+BUDGET_HELP = "Streams per token, such as 1, 1.5 or 2. [default: the model's own]"
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Argument(help="Folder to write: train, validation, tokenizer, manifest.json.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files, folders, globs, .parquet or .jsonl files, or `python-stdlib`: the source text of the "
+            "running Python's standard library. [default: python-stdlib]",
+            show_default=False,
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of parquet and jsonl rows that holds the text.")] = "text",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder. [default: train a byte-level BPE on the corpus]")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary of the trained tokenizer.")] = 4096,
+    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 512,
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.05,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Source for validation, instead of held-out documents; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the documents' order.")] = 0,
+    num_proc: Annotated[int, typer.Option(help="Documents tokenised at a time.")] = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder prepared differently.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Turn text into blocks of tokens to train on.
+
+    Documents are separated by the end-of-text token and packed into blocks; attention and credit cross document
+    borders inside a block. Validation is held out by document.
+    """
+    from thoughtbubbles.data import prepare as prepare_data
+
+    manifest = prepare_data(
+        output,
+        tuple(sources or ("python-stdlib",)),
+        text_field=text_field,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        block_size=block_size,
+        validation_fraction=validation_fraction,
+        validation=tuple(validation or ()),
+        seed=seed,
+        num_proc=num_proc,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        typer.echo(f"{name:<11}{split.documents:>9,} documents {split.tokens:>13,} tokens {split.blocks:>9,} blocks")
+    typer.echo(f"vocabulary {manifest.vocab_size:>9,} tokens, blocks of {manifest.block_size} in {output}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file with the sections model, data and training.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as training.learning_rate=3e-4.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+) -> None:
+    """Train a model as a recipe says.
+
+    The run's folder gets metrics.jsonl, checkpoints/, model/ and summary.json.
+    """
+    from thoughtbubbles.training.recipe import load_recipe
+    from thoughtbubbles.training.run import train as run_training
+
+    loaded = load_recipe(recipe, overrides or ())
+    summary = run_training(loaded, resume=resume, progress=not quiet)
+    leak = " (leaks: topk sees later tokens)" if summary.eval_leaks else ""
+    typer.echo(
+        f"{summary.tokens:,} tokens at {summary.tokens_per_second:,.0f} tokens/s; "
+        f"validation loss {summary.eval_loss:.4f}, perplexity {summary.eval_perplexity:.2f}{leak}; "
+        f"model in {Path(loaded.training.output) / 'model'}"
+    )
+
+
+@app.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[Path, typer.Argument(help="Folder that `thoughtbubbles prepare` wrote; its validation split.")],
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="`blockwise`: one forward over a block. `prefix`: each prediction from its prefix alone, about T / 2 "
+            "times the work. They agree but for routing topk, which leaks. [default: blockwise; both for topk]",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
+    budget_rule: Annotated[
+        str, typer.Option(help="In prefix mode: `proportional` to the prefix or `fixed`, as for a whole block.")
+    ] = "proportional",
+    blocks: Annotated[int | None, typer.Option(help="Only the first so many blocks.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a model's perplexity on validation blocks."""
+    from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.evaluation.loading import load_model
+    from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
+    from thoughtbubbles.progress import stage
+
+    with _bad_input():
+        check_options(mode or "blockwise", budget_rule)
+        parse_budget(budget or 1)
+    prepared = load_prepared(data)
+    loaded = load_model(model)
+    _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
+    count = min(blocks or len(prepared.validation), len(prepared.validation))
+    rows = prepared.validation[:count]["input_ids"]
+    modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.routing == "topk")
+    results = []
+    for each in modes:
+        with stage(each, count * (rows.shape[1] - 1), enabled=not as_json) as bar:
+            on_progress = partial(bar.advance, note="tokens")
+            results.append(
+                evaluate_perplexity(loaded, rows, each, budget, budget_rule, batch_size, on_progress=on_progress)
+            )
+    if as_json:
+        typer.echo(json.dumps([asdict(result) for result in results], indent=2))
+    else:
+        for result in results:
+            typer.echo(_describe(result))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty starts a new document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass.", min=0, max=1)] = 1.0,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt, printing tokens as they come."""
+    from transformers import TextStreamer
+
+    from thoughtbubbles.evaluation.generation import generate_text
+    from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model)
+    with _bad_input():
+        generate_text(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            budget=budget,
+            seed=seed,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+
+
+def _describe(result: "Perplexity") -> str:
+    rule = f", {result.budget_rule} budget rule" if result.budget_rule == "fixed" else ""
+    line = (
+        f"{result.mode:<10} loss {result.loss:.4f} +- {result.standard_error:.4f} nats per token, "
+        f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens, budget {result.budget}{rule})"
+    )
+    if result.leaks:
+        line += "\n           leaks: topk routing sees later tokens, so this is no left-to-right likelihood"
+    return line
+
+
+def _check_vocabulary(model_size: int, data_size: int, data: Path) -> None:
+    if model_size < data_size:
+        raise InputError(f"data {data}: vocabulary of {data_size}, expected at most the model's {model_size}")
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turn the ValueErrors of the library's argument checks into bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def main() -> None:
+    """Run the command; bad input is one line on standard error and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"thoughtbubbles: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The command as a user runs it, in processes of its own where the exit code matters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.run_fixtures import RECIPE
+from thoughtbubbles.cli import app, main
+from thoughtbubbles.data import PreparedData
+
+COMMANDS = ("prepare", "train", "perplexity", "generate")
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Standard error of a call that must exit with 2 and one line."""
+    monkeypatch.setattr(sys, "argv", ["thoughtbubbles", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "━" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['thoughtbubbles', '--help']\n"
+        "from thoughtbubbles.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("module", [["-m", "thoughtbubbles"], ["-X", "importtime", "-m", "thoughtbubbles"]])
+def test_module_runs_as_the_command(module: list[str]) -> None:
+    done = subprocess.run([sys.executable, *module, "--help"], capture_output=True, text=True, check=True)
+    assert "prepare" in done.stdout
+    assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str) -> None:
+    assert "--help" in run(command, "--help")
+
+
+def test_the_whole_path(tmp_path: Path) -> None:
+    text = tmp_path / "corpus"
+    text.mkdir()
+    for index in range(12):
+        (text / f"{index}.txt").write_text(f"document {index}: " + "forks and roots and gates " * (20 + index))
+    data, recipe = tmp_path / "data", tmp_path / "recipe.yaml"
+    out = run("prepare", data, text, "--vocab-size", 280, "--block-size", 16, "--quiet")
+    assert "train" in out
+    assert "validation" in out
+    recipe.write_text(RECIPE.format(data=data, output=tmp_path / "run"))
+    assert "validation loss" in run("train", recipe, "training.steps=4", "training.eval_every=2", "--quiet")
+    assert "perplexity" in run("perplexity", tmp_path / "run", data, "--budget", "2")
+    assert run("generate", tmp_path / "run", "--prompt", "forks", "--max-new-tokens", "4").startswith("forks")
+
+
+def test_perplexity_prints_json(tiny_run: Path, tiny_data: PreparedData) -> None:
+    out = run("perplexity", tiny_run, tiny_data.path, "--blocks", 3, "--mode", "prefix", "--json")
+    (result,) = json.loads(out)
+    assert (result["mode"], result["blocks"], result["budget"], result["leaks"]) == ("prefix", 3, "3/2", False)
+
+
+def test_perplexity_of_topk_prints_both_modes_and_the_leak(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "run"))
+    out = run("train", recipe, "model.routing=topk", "training.steps=2", "--quiet")
+    assert "leaks" in out
+    out = run("perplexity", tmp_path / "run", tiny_data.path, "--blocks", 4)
+    assert [line.split()[0] for line in out.splitlines()] == ["blockwise", "leaks:", "prefix"]
+
+
+def test_generate_repeats_for_a_seed(tiny_run: Path) -> None:
+    arguments = ("generate", tiny_run, "--prompt", "the", "--max-new-tokens", 8, "--temperature", 1)
+    assert run(*arguments, "--seed", 5) == run(*arguments, "--seed", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "{tmp}/out", "{tmp}/nowhere"], "nowhere"),
+        (["prepare", "{tmp}/out", "--vocab-size", "5"], "5"),
+        (["train", "{tmp}/none.yaml"], "none.yaml: no such file"),
+        (["perplexity", "{tmp}", "{data}"], "expected a folder with config.json"),
+        (["perplexity", "{run}", "{tmp}"], "manifest.json"),
+        (["perplexity", "{run}", "{data}", "--budget", "0.5"], "budget='0.5': expected"),
+        (["perplexity", "{run}", "{data}", "--mode", "x"], "mode='x': expected one of blockwise, prefix"),
+        (["generate", "{run}", "--budget", "lots"], "budget='lots': expected"),
+        (["generate", "{tmp}"], "expected a folder with config.json"),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    tiny_run: Path,
+    tiny_data: PreparedData,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    filled = [part.format(tmp=tmp_path, run=tiny_run, data=tiny_data.path) for part in arguments]
+    assert message in fail(capsys, monkeypatch, *filled)
+    assert not (tmp_path / "out").exists()
