@@ -1,0 +1,41 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter of a new environment: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests with the long grids"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     speed, as JSON"
+	@echo "make clean     remove the environment"
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/training.py
+
+clean:
+	rm -rf $(VENV)

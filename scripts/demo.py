@@ -1,0 +1,94 @@
+"""`make demo`: train a dense and a Thoughtbubbles model on the same text and show both.
+
+Finished parts are not done again; a run that was interrupted goes on from its last checkpoint.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from thoughtbubbles.data import load_prepared, prepare
+from thoughtbubbles.evaluation.generation import generate_text
+from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
+from thoughtbubbles.inspection.bubbles import bubble_sizes
+from thoughtbubbles.inspection.plots import plot_bubbles, plot_losses
+from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.training.run import RunSummary, train
+
+RECIPES = {"dense": Path("recipes/demo-dense.yaml"), "Thoughtbubbles": Path("recipes/demo.yaml")}
+OUTPUT = Path("runs/demo")
+PROMPT = "def read_file(path):\n"
+PASSAGE_TOKENS = 96
+
+
+def main() -> None:
+    """Prepare, train, compare, sample, draw."""
+    start = time.monotonic()
+    console = Console()
+    prepare(OUTPUT / "data", vocab_size=2048, block_size=128, validation_fraction=0.05)
+    summaries = {label: train(load_recipe(path), resume=True) for label, path in RECIPES.items()}
+    show_table(console, summaries)
+    show_verdict(console, summaries)
+    show_sample(console)
+    draw()
+    results = {label: asdict(summary) for label, summary in summaries.items()}
+    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    console.print(f"\nIn {OUTPUT}: loss.png, bubbles.png, results.json, and each run's metrics, checkpoints and model.")
+    console.print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+
+def show_table(console: Console, summaries: dict[str, RunSummary]) -> None:
+    """One row a model."""
+    table = Table(title="Python's standard library, held-out files, one seed")
+    for column in ("", "parameters", "training tokens", "validation perplexity", "tokens/s", "training FLOPs"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, run in summaries.items():
+        row = f"{run.parameters:,}", f"{run.tokens:,}", f"{run.eval_perplexity:.2f}", f"{run.tokens_per_second:,.0f}"
+        table.add_row(label, *row, f"{run.training_flops:.3g}")
+    console.print(table)
+
+
+def show_verdict(console: Console, summaries: dict[str, RunSummary]) -> None:
+    """Who won, at which cost."""
+    dense, bubbles = summaries["dense"], summaries["Thoughtbubbles"]
+    difference = bubbles.eval_loss - dense.eval_loss
+    winner = "Thoughtbubbles" if difference < 0 else "The dense model"
+    console.print(
+        f"{winner} is better by {abs(difference):.4f} nats per token after equally many tokens; Thoughtbubbles spent "
+        f"{bubbles.training_flops / dense.training_flops:.2f} times the FLOPs. One seed: small differences may be luck."
+    )
+
+
+def show_sample(console: Console) -> None:
+    """What the Thoughtbubbles model writes."""
+    model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")
+    console.rule("a sample of Thoughtbubbles")
+    text = generate_text(model, tokenizer, PROMPT, max_new_tokens=80, temperature=0.7)
+    console.print(text, markup=False, highlight=False)
+    console.rule()
+
+
+def draw() -> None:
+    """The two pictures."""
+    plot_losses(
+        {"dense": OUTPUT / "dense", "Thoughtbubbles, budget 2": OUTPUT / "bubbles"},
+        OUTPUT / "loss.png",
+        "Python's standard library, held-out files",
+    )
+    model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")
+    ids = load_prepared(OUTPUT / "data").validation[0]["input_ids"][:PASSAGE_TOKENS]
+    plot_bubbles(
+        [str(tokenizer.decode([token])) for token in ids.tolist()],
+        bubble_sizes(model, ids[None])[0].tolist(),
+        model.config.gated_layers,
+        OUTPUT / "bubbles.png",
+        "Streams of each token of a held-out passage",
+    )
+
+
+if __name__ == "__main__":
+    main()
