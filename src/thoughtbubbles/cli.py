@@ -130,6 +130,7 @@ def perplexity(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model's perplexity on validation blocks."""
+    from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.data import load_prepared
     from thoughtbubbles.evaluation.loading import load_model
     from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
