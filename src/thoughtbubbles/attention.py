@@ -71,6 +71,10 @@ def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)
 
 
+class ResidualProjection(nn.Linear):
+    """A linear layer whose output is added to the residual stream: initialised smaller (Design 5.1)."""
+
+
 class StreamAttention(nn.Module):
     """Multi-head attention among streams, attenuated by their log scores."""
 
@@ -79,7 +83,7 @@ class StreamAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.rule = config.attenuation
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, log_score: Tensor | None) -> Tensor:
         """x [B, N, D] -> [B, N, D]; `log_score` as in `attenuated_attention`."""

@@ -1,5 +1,6 @@
 """Configuration of a Thoughtbubbles model and its presets (Design 5.1)."""
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -149,7 +150,10 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         ):
             if getattr(self, field) not in allowed:
                 raise _invalid(field, getattr(self, field), f"one of {', '.join(allowed)}")
-        if self.hidden_act not in ACT2FN:
+        for field in ("use_bias", "tie_word_embeddings"):
+            if type(getattr(self, field)) is not bool:
+                raise _invalid(field, getattr(self, field), "True or False")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
 
 
@@ -172,7 +176,8 @@ def _check_integers(config: ThoughtbubblesConfig, *fields: str) -> None:
 
 def _check_number(config: ThoughtbubblesConfig, field: str, valid: Callable[[float], bool], allowed: str) -> None:
     value = getattr(config, field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not valid(value):
         raise _invalid(field, value, allowed)
 
 

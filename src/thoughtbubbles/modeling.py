@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from thoughtbubbles.attention import StreamAttention, rotary_angles
+from thoughtbubbles.attention import ResidualProjection, StreamAttention, rotary_angles
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.gate import ForkGate
@@ -71,7 +71,7 @@ class ThoughtbubblesMLP(nn.Module):
         assert config.intermediate_size is not None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.act = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -113,10 +113,9 @@ class ThoughtbubblesPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, StreamAttention | ThoughtbubblesMLP):
-            into_residual = module.o_proj if isinstance(module, StreamAttention) else module.down_proj
+        if isinstance(module, ResidualProjection):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(into_residual.weight, std=std)
+            init.normal_(module.weight, std=std)
         elif isinstance(module, ForkGate):
             init.uniform_(module.fork_embedding, b=1 / math.sqrt(self.config.hidden_size))
 
@@ -298,7 +297,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.merge == "probability":
-            logits = _to_columns(self._mix_streams(out.final_streams), out.columns)[:, keep]
+            logits = _to_columns(self._mix_streams(out.final_streams), out.columns)[:, keep].contiguous()
         else:
             logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
@@ -316,7 +315,8 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
 
     def _mix_streams(self, streams: Streams) -> Tensor:
         """Log of the mixture of all streams' next-token distributions [B, T, V] (Design 3.6, `probability`)."""
-        log_probs = self.lm_head(self.model.norm(streams.residual)).float().log_softmax(-1)
+        logits = self.lm_head(self.model.norm(streams.residual))
+        log_probs = logits.to(streams.log_score.dtype).log_softmax(-1)
         return streams.mix_log_probs(log_probs, self.model.merge_is_weighted(streams))
 
 
@@ -335,7 +335,7 @@ def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """transformers passes arguments on freely; one that asks for something must not be ignored."""
-    unused = {name: value for name, value in kwargs.items() if value not in (None, False)}
+    unused = [name for name, value in kwargs.items() if value is not None and value is not False]
     if unused:
         raise ValueError(f"{', '.join(unused)}: not an argument of a Thoughtbubbles model")
 

@@ -125,7 +125,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, tiny_run: Path, tiny_data: P
 
 def test_too_few_blocks_for_a_batch(tmp_path: Path, tiny_data: PreparedData) -> None:
     recipe = tiny_recipe(tmp_path, tiny_data.path, "training.batch_size=100000")
-    with pytest.raises(RecipeError, match="training.batch_size=100000: expected at most the"):
+    with pytest.raises(RecipeError, match="batch_size=100000: expected at most the"):
         train(recipe, progress=False)
     assert not (tmp_path / "run").exists()
 

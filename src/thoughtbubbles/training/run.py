@@ -92,7 +92,8 @@ def train(recipe: Recipe, resume: bool = False, progress: bool = True) -> RunSum
     set_seed(recipe.training.seed)
     model = ThoughtbubblesForCausalLM(config)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 renamed it, 5.17 knows the older name alone.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     trainer, metrics = _build_trainer(recipe, model, data, output, progress)
     try:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output / "checkpoints")) if resume else None)

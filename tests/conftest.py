@@ -1,0 +1,54 @@
+"""What every test runs under: no network, poisoned scratch memory, repeatable hypothesis."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+pytest_plugins = ["tests.run_fixtures"]
+
+# The tests run in as many processes as there are cores.
+torch.set_num_threads(1)
+
+_EMPTY, _EMPTY_STRIDED = torch.empty, torch.empty_strided
+
+for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[_variable] = "1"
+
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.register_profile("long", derandomize=True, deadline=None, max_examples=2000)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m long` also draws more examples."""
+    settings.load_profile("long" if config.getoption("markexpr") == "long" else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_scratch_memory() -> Iterator[None]:
+    """Fill memory that nobody has written yet with NaN or a huge number, so that reading it shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            patch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        yield
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if allocate in (_EMPTY, _EMPTY_STRIDED) and kwargs.get("device") is None:
+            kwargs["device"] = torch.get_default_device()  # `with torch.device(...)` does not know this function
+        scratch = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if scratch.is_floating_point() or scratch.is_complex():
+                return scratch.fill_(torch.nan)
+            return scratch.fill_(1 if scratch.dtype == torch.bool else torch.iinfo(scratch.dtype).max)
+
+    return allocate_poisoned

@@ -1,0 +1,129 @@
+"""The package from outside: imports, Auto classes, the command's help."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import thoughtbubbles
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """The output of a script in a fresh interpreter, which must succeed."""
+    done = run_python("-c", textwrap.dedent(script), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def base_requirements(distribution: str) -> set[str]:
+    """Everything that installing a distribution without extras brings along, itself included."""
+    found: set[str] = set()
+    waiting: list[tuple[str, str]] = [(distribution, "")]
+    seen = set(waiting)
+    while waiting:
+        name, extra = waiting.pop()
+        found.add(canonicalize_name(name))
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # another platform's
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needed = {(requirement.name, wanted) for wanted in ("", *requirement.extras)} - seen
+                seen |= needed
+                waiting += sorted(needed)
+    return found
+
+
+def modules_of_extras() -> list[str]:
+    """Top-level modules that are installed here and that a base installation would lack."""
+    base = base_requirements("thoughtbubbles")
+    owners = importlib.metadata.packages_distributions()
+    return sorted(top for top, names in owners.items() if not base & {canonicalize_name(name) for name in names})
+
+
+def test_base_requirements_are_told_from_extras() -> None:
+    assert {"torch", "transformers", "numpy", "typer"} <= base_requirements("thoughtbubbles")
+    assert "pytest" in modules_of_extras()
+    assert "hypothesis" in modules_of_extras()
+    assert "torch" not in modules_of_extras()
+
+
+def test_every_module_imports_with_base_dependencies_alone() -> None:
+    imported = run_script(
+        """
+        import importlib, json, pkgutil, sys
+
+        hidden = set(json.loads(sys.argv[1])) - sys.stdlib_module_names
+
+        class Without:
+            def __init__(self, finder):
+                self.finder = finder
+
+            def find_spec(self, name, path=None, target=None):
+                return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
+
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+
+        sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+        for name in hidden & set(sys.modules):
+            del sys.modules[name]
+        try:
+            import pytest
+        except ModuleNotFoundError:
+            pass
+        else:
+            sys.exit("pytest was not hidden")
+
+        import thoughtbubbles
+        for module in pkgutil.walk_packages(thoughtbubbles.__path__, "thoughtbubbles."):
+            importlib.import_module(module.name)
+            print(module.name)
+        """,
+        json.dumps(modules_of_extras()),
+    )
+    assert {"thoughtbubbles.modeling", "thoughtbubbles.reference"} <= set(imported.split())
+
+
+@pytest.mark.parametrize("order", ["thoughtbubbles, transformers", "transformers, thoughtbubbles"])
+def test_auto_classes_know_the_model_after_the_import(order: str) -> None:
+    run_script(
+        f"""
+        import {order}
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+        config = AutoConfig.for_model("thoughtbubbles", vocab_size=7, hidden_size=8, num_hidden_layers=1,
+                                      num_attention_heads=2)
+        assert type(config) is thoughtbubbles.ThoughtbubblesConfig
+        assert type(AutoModel.from_config(config)) is thoughtbubbles.ThoughtbubblesModel
+        assert type(AutoModelForCausalLM.from_config(config)) is thoughtbubbles.ThoughtbubblesForCausalLM
+        """
+    )
+
+
+def test_public_names() -> None:
+    for name in thoughtbubbles.__all__:
+        assert getattr(thoughtbubbles, name) is not None
+    assert thoughtbubbles.__version__ == importlib.metadata.version("thoughtbubbles")
+    with pytest.raises(AttributeError, match="no attribute 'Bubbles'"):
+        _ = thoughtbubbles.Bubbles
+
+
+def test_the_help_of_the_command_imports_no_heavy_library() -> None:
+    done = run_python("-X", "importtime", "-m", "thoughtbubbles", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, flags=re.MULTILINE))
+    assert "thoughtbubbles.cli" in imported
+    assert not imported & {"torch", "transformers", "datasets", "matplotlib", "numpy", "pyarrow"}

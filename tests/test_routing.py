@@ -1,0 +1,231 @@
+"""Routers against the loops of the reference, and their promises (Design 3.3)."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thoughtbubbles import reference
+from thoughtbubbles.budget import parse_budget
+from thoughtbubbles.routing import ROUTERS, Router, _count_smaller_before, route_causal, route_topk, width_after_routing
+
+SCORES = [0.0, -0.0, -0.5, -1.0, -1.5, -2.25, -20.0]
+BUDGETS = [1, "6/5", 1.2, 1.5, 2, 3.25, 1.0001, 4 / 3, 0.1 + 0.2 + 1, 5]
+LARGE = Fraction(6)  # a token of 3 streams has 5 optional candidates
+
+
+@dataclass(frozen=True)
+class Row:
+    """The alive candidates of one row: of each stream (fork, keep)."""
+
+    scores: list[float]
+    tokens: list[int]
+    optional: list[bool]
+
+    def prefix(self, tokens: int) -> "Row":
+        """The candidates of the first so many tokens."""
+        end = sum(token < tokens for token in self.tokens)
+        return Row(self.scores[:end], self.tokens[:end], self.optional[:end])
+
+
+def row_of(bubble_sizes: list[int], scores: list[float]) -> Row:
+    tokens = [token for token, size in enumerate(bubble_sizes) for _ in range(2 * size)]
+    optional = [c < 2 * size - 1 for size in bubble_sizes for c in range(2 * size)]
+    return Row(scores, tokens, optional)
+
+
+@st.composite
+def rows(draw: st.DrawFn, min_tokens: int = 0) -> Row:
+    sizes = draw(st.lists(st.integers(1, 3), min_size=min_tokens, max_size=9))
+    # Half of the rows tie often, half hardly ever.
+    one_score = draw(st.sampled_from([st.sampled_from(SCORES), st.sampled_from(SCORES[:3]), st.floats(-20, 0)]))
+    return row_of(sizes, draw(st.lists(one_score, min_size=2 * sum(sizes), max_size=2 * sum(sizes))))
+
+
+budgets = st.one_of(st.sampled_from(BUDGETS), st.fractions(1, 6, max_denominator=30)).map(parse_budget)
+either_router = pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
+
+
+def as_tensors(batch: list[Row], spare: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows side by side in float64; dead candidates at the right hold NaN and nonsense."""
+    width = max(len(row.scores) for row in batch) + spare
+    scores = torch.full((len(batch), width), torch.nan, dtype=torch.float64)
+    token = torch.full((len(batch), width), 3)
+    optional, alive = torch.zeros(2, len(batch), width, dtype=torch.bool)
+    for index, row in enumerate(batch):
+        end = len(row.scores)
+        scores[index, :end] = torch.tensor(row.scores, dtype=torch.float64)
+        token[index, :end] = torch.tensor(row.tokens, dtype=torch.int64)
+        optional[index, :end] = torch.tensor(row.optional, dtype=torch.bool)
+        alive[index, :end] = True
+    return scores, token, optional, alive
+
+
+def survivors(router: Router, row: Row, budget: Fraction) -> list[bool]:
+    """Route one row alone."""
+    survive: list[bool] = router(*as_tensors([row], spare=not row.scores), budget)[0].tolist()
+    return survive[: len(row.scores)]
+
+
+# --- Against the reference ---
+
+
+@given(rows(), budgets)
+def test_causal_closed_form_equals_the_loops(row: Row, budget: Fraction) -> None:
+    expected = reference.route_causal(row.scores, row.tokens, row.optional, budget)
+    assert survivors(route_causal, row, budget) == expected
+
+
+@given(rows(), budgets)
+def test_topk_equals_the_loops(row: Row, budget: Fraction) -> None:
+    assert survivors(route_topk, row, budget) == reference.route_topk(row.scores, row.tokens, row.optional, budget)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_causal_equals_the_loops_on_a_long_row(budget: float | str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 4, (150,), generator=generator).tolist()
+    row = row_of(sizes, (-3 * torch.rand(2 * sum(sizes), generator=generator, dtype=torch.float64)).tolist())
+    kappa = parse_budget(budget)
+    expected = reference.route_causal(row.scores, row.tokens, row.optional, kappa)
+    assert survivors(route_causal, row, kappa) == expected
+
+
+@given(rows(), budgets)
+def test_topk_is_a_stable_descending_sort_with_roots_first(row: Row, budget: Fraction) -> None:
+    def place(c: int) -> tuple[bool, float]:
+        return row.optional[c], -row.scores[c]
+
+    tokens = row.optional.count(False)
+    best = sorted(range(len(row.scores)), key=place)[: math.ceil(budget * tokens)]
+    assert survivors(route_topk, row, budget) == [c in best for c in range(len(row.scores))]
+
+
+# --- Promises of every router ---
+
+
+@either_router
+@given(row=rows(), budget=budgets)
+def test_keeps_of_roots_survive(router: Router, row: Row, budget: Fraction) -> None:
+    survive = survivors(router, row, budget)
+    assert all(s for s, optional in zip(survive, row.optional, strict=True) if not optional)
+
+
+@either_router
+@given(row=rows())
+def test_budget_of_one_admits_nothing(router: Router, row: Row) -> None:
+    assert survivors(router, row, Fraction(1)) == [not optional for optional in row.optional]
+
+
+@either_router
+@given(row=rows())
+def test_large_budget_admits_all(router: Router, row: Row) -> None:
+    assert all(survivors(router, row, LARGE))
+
+
+@either_router
+@given(batch=st.lists(rows(), min_size=2, max_size=4), spare=st.integers(1, 5), budget=budgets)
+def test_rows_and_dead_candidates_at_the_right_do_not_matter(
+    router: Router, batch: list[Row], spare: int, budget: Fraction
+) -> None:
+    together = router(*as_tensors(batch, spare), budget)
+    for row, survive in zip(batch, together.tolist(), strict=True):
+        padding = [False] * (together.shape[1] - len(row.scores))
+        assert survive == survivors(router, row, budget) + padding
+
+
+@either_router
+@given(row=rows(), budget=budgets)
+def test_number_of_survivors_fits_the_static_width(router: Router, row: Row, budget: Fraction) -> None:
+    tokens, routing = row.optional.count(False), "topk" if router is route_topk else "causal"
+    assert sum(survivors(router, row, budget)) <= width_after_routing(routing, len(row.scores) // 2, tokens, budget)
+
+
+@either_router
+def test_ties_go_to_the_leftmost(router: Router) -> None:
+    # Two optional candidates may survive: the fork of token 0, and of the three of token 1 the leftmost.
+    row = row_of([1, 2], [-1.0] * 6)
+    assert survivors(router, row, Fraction(2)) == [True, True, True, False, False, True]
+
+
+@either_router
+def test_routing_passes_no_gradient(router: Router) -> None:
+    scores, token, optional, alive = as_tensors([row_of([1, 2], [-1.0] * 6)])
+    assert not router(scores.requires_grad_(), token, optional, alive, Fraction(2)).requires_grad
+
+
+# --- Promises of the causal router ---
+
+
+@given(rows(), budgets)
+def test_survivors_of_every_prefix_keep_to_the_budget(row: Row, budget: Fraction) -> None:
+    survive = survivors(route_causal, row, budget)
+    for tokens in range(1, row.optional.count(False) + 1):
+        assert sum(survive[: len(row.prefix(tokens).scores)]) <= math.floor(budget * tokens)
+
+
+@given(rows(min_tokens=2), st.data(), budgets)
+def test_changed_suffix_changes_nothing_before_it(row: Row, data: st.DataObject, budget: Fraction) -> None:
+    tokens = data.draw(st.integers(1, row.optional.count(False) - 1))
+    end = len(row.prefix(tokens).scores)
+    later = data.draw(st.lists(st.sampled_from(SCORES), min_size=len(row.scores) - end, max_size=len(row.scores) - end))
+    changed = Row(row.scores[:end] + later, row.tokens, row.optional)
+    assert survivors(route_causal, changed, budget)[:end] == survivors(route_causal, row, budget)[:end]
+
+
+@given(rows(min_tokens=1), st.data(), budgets)
+def test_prefix_alone_chooses_the_same(row: Row, data: st.DataObject, budget: Fraction) -> None:
+    prefix = row.prefix(data.draw(st.integers(1, row.optional.count(False))))
+    alone = survivors(route_causal, prefix, budget)
+    assert survivors(route_causal, row, budget)[: len(prefix.scores)] == alone
+
+
+def test_topk_leaks_the_future() -> None:
+    # One optional candidate may survive; a better fork of the second token takes the place of the first's.
+    first, changed = row_of([1, 1], [-1.0, 0.0, -2.0, 0.0]), row_of([1, 1], [-1.0, 0.0, -0.5, 0.0])
+    assert survivors(route_topk, first, Fraction(3, 2))[:2] == [True, True]
+    assert survivors(route_topk, changed, Fraction(3, 2))[:2] == [False, True]
+
+
+# --- Parts ---
+
+
+@given(st.integers(1, 40).flatmap(lambda n: st.lists(st.permutations(range(n)), min_size=1, max_size=3)))
+def test_counting_smaller_values_to_the_left(batch: list[list[int]]) -> None:
+    expected = [[sum(left < value for left in row[:i]) for i, value in enumerate(row)] for row in batch]
+    assert _count_smaller_before(torch.tensor(batch)).tolist() == expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000])
+def test_counting_smaller_values_in_long_rows(length: int) -> None:
+    rank = torch.randperm(length, generator=torch.Generator().manual_seed(length))[None]
+    naive = (rank[:, None, :] < rank[:, :, None]).tril().sum(2)
+    assert torch.equal(_count_smaller_before(rank), naive)
+
+
+@pytest.mark.parametrize(
+    ("routing", "width", "tokens", "budget", "expected"),
+    [
+        ("causal", 5, 5, 4, 10),
+        ("causal", 10, 5, 1.5, 7),
+        ("topk", 10, 5, 1.5, 8),
+        ("causal", 10, 5, 1.2, 6),
+        ("topk", 10, 5, 1.2, 6),
+        ("causal", 1, 1, 1.9, 1),
+        ("topk", 1, 1, 1.9, 2),
+    ],
+)
+def test_static_width(routing: str, width: int, tokens: int, budget: float, expected: int) -> None:
+    assert width_after_routing(routing, width, tokens, parse_budget(budget)) == expected
+
+
+def test_scratch_memory_is_poisoned() -> None:
+    # Routing writes into torch.empty_like; this is what makes an unwritten place show.
+    assert torch.empty(3).isnan().all()
+    assert (torch.empty_like(torch.zeros(3, dtype=torch.int64)) == torch.iinfo(torch.int64).max).all()
+    assert torch.zeros(1).new_empty(2).isnan().all()
