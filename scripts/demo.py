@@ -84,7 +84,8 @@ def show_sample(console: Console) -> None:
 
 def validation_blocks() -> torch.Tensor:
     """All validation blocks, [n, T]."""
-    return load_prepared(OUTPUT / "data").validation[:]["input_ids"]
+    blocks: torch.Tensor = load_prepared(OUTPUT / "data").validation[:]["input_ids"]
+    return blocks
 
 
 def draw() -> None:

@@ -213,7 +213,7 @@ def test_prefix_alone_gives_the_same_logits(attenuation: str, merge: str) -> Non
     model = tiny_model(attenuation=attenuation, merge=merge, budget=1.5)
     ids = random_ids(2, 19)
     whole, layers = model(ids, output_streams=True), model.config.gated_layers
-    for length in (2, 7, 18):  # at 1 the width is that of the input, where `released` merges otherwise
+    for length in (1, 2, 7, 18):
         alone = model(ids[:, :length], output_streams=True)
         for prefix, row in zip(survivors_of(alone.streams, layers), survivors_of(whole.streams, layers), strict=True):
             assert all(row[layer][: len(prefix[layer])] == prefix[layer] for layer in layers)

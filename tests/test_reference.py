@@ -319,17 +319,19 @@ def test_merge_of_a_known_bubble(merge: str, attenuation: str, budget: int, weig
     assert close(output.logits[0, 1], expected)
 
 
-@pytest.mark.parametrize(("routing", "weighted"), [("causal", False), ("topk", True)])
-def test_released_weighting_is_skipped_where_the_padded_width_allows_no_fork(routing: str, weighted: bool) -> None:
-    # N' = 1.2 * 4 rounds down to 4 = T for causal and up to 5 for topk; the masked column counts in T.
-    config = Config(num_hidden_layers=1, fork_layers=[0], budget=1.2, routing=routing)
+@pytest.mark.parametrize(
+    ("routing", "budget", "weighted"), [("causal", 1, False), ("topk", 1, False), ("causal", 1.2, True)]
+)
+def test_released_weighting_is_skipped_at_budget_1_alone(routing: str, budget: float, weighted: bool) -> None:
+    # At 1.2 the causal rule has no room for a fork among so few tokens, and weighs all the same.
+    config = Config(num_hidden_layers=1, fork_layers=[0], budget=budget, routing=routing)
     config.attenuation, config.merge = "released", "residual-normed"
     parameters = transparent_parameters(config, fork_gate=-1.0, keep_gate=2.0)
-    ids, mask = torch.tensor([[3, 7, 1, 0]]), torch.tensor([[1, 1, 1, 0]])
+    ids, mask = torch.tensor([[3, 7, 1, 0]]), torch.tensor([[1, 1, 0, 0]])
     output = reference_forward(config, parameters, ids, mask)
     embedding = parameters["model.embed_tokens.weight"]
-    expected = embedding @ norm(embedding[1]) * (sigmoid(2.0) if weighted else 1.0)
-    assert close(output.logits[0, 2], expected)
+    expected = embedding @ norm(embedding[3]) * (sigmoid(2.0) if weighted else 1.0)
+    assert close(output.logits[0, 0], expected)
 
 
 @pytest.mark.parametrize("attenuation", ["paper", "released", "none"])

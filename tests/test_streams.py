@@ -29,7 +29,12 @@ def build(batch: list[list[int]], spare_tokens: int = 1, spare_slots: int = 2) -
     residual = torch.randn(len(batch), slots, WIDTH, generator=generator, dtype=torch.float64)
     log_score = -2 * torch.rand(len(batch), slots, generator=generator, dtype=torch.float64)
     return Streams(
-        torch.where(alive[..., None], residual, 0), torch.where(alive, log_score, 0), token, alive, num_tokens
+        residual=torch.where(alive[..., None], residual, 0),
+        log_score=torch.where(alive, log_score, 0),
+        token=token,
+        alive=alive,
+        num_tokens=num_tokens,
+        origin=torch.where(alive, 2 * torch.arange(slots) + 1, -1),
     )
 
 
@@ -159,6 +164,13 @@ def test_embeddings_become_one_stream_a_token() -> None:
     assert streams.alive.all()
     assert not streams.log_score.any()
     assert torch.equal(streams.residual, embeddings)
+
+
+def test_fresh_tokens_merge_into_themselves() -> None:
+    embeddings = torch.randn(2, 3, WIDTH)
+    streams = Streams.from_embeddings(embeddings, torch.tensor([[True, True, True], [True, False, False]]))
+    assert torch.equal(streams.merge_residuals(True), streams.residual)
+    assert torch.equal(streams.roots(), streams.residual)
 
 
 def test_embeddings_of_padding_become_dead_slots() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thoughtbubbles.cache import AttentionMemory, Placement
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 
 
@@ -26,36 +27,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attenuated_attention(q: Tensor, k: Tensor, v: Tensor, log_score: Tensor | None, rule: str) -> Tensor:
+def attenuated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_score: Tensor | None,
+    rule: str,
+    memory: AttentionMemory | None = None,
+    placement: Placement | None = None,
+) -> Tensor:
     """Causal attention in packed order over streams with log scores (Design 3.5).
 
     Args:
         q, k, v: [B, H, N, K], q and k already rotated.
         log_score: [B, N]; None for scores that are all 0, or where attenuation is `none`.
         rule: `paper` or `released`.
+        memory, placement: of a cache, to which the new streams are added and which they see too.
 
     Returns:
-        [B, H, N, K]. Memory is linear in N: the bias depends on the key alone and rides in a channel of k.
+        [B, H, N, K]. Memory is linear in N: the bias depends on the key alone and rides in a channel of k. Only new
+        streams beside a filled cache have a mask, [B, 1, N, S].
     """
-    scale = 1 / math.sqrt(q.shape[-1])
-    if log_score is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    head_dim = q.shape[-1]
+    scale = 1 / math.sqrt(head_dim)
+    if log_score is not None:
+        q, k, v = _attenuate(q, k, v, log_score, rule, scale)
+    mask, is_causal = None, True
+    if memory is not None and placement is not None:
+        k, v = memory.append(k, v, placement)
+        mask, is_causal = placement.mask, placement.is_causal
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    return out[..., :head_dim]
+
+
+def _attenuate(
+    q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v whose plain product, scaled by `scale`, is the attenuated one; `paper` widens them."""
     v = v * log_score.exp().to(v.dtype)[:, None, :, None]
     if rule == "released":
         bias = log_score.to(k.dtype)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
         q = torch.cat([q[..., :-1], torch.ones_like(q[..., :1])], dim=-1)
-        k = torch.cat([k[..., :-1], bias], dim=-1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return q, torch.cat([k[..., :-1], bias], dim=-1), v
     channels = _bias_channels(log_score / scale, k)
     width = channels.shape[-1]
-    out = F.scaled_dot_product_attention(
-        torch.cat([q, torch.ones_like(q[..., :width])], dim=-1),
-        torch.cat([k, channels], dim=-1),
-        F.pad(v, (0, width)),  # the fused kernels want values as wide as keys
-        is_causal=True,
-        scale=scale,
-    )
-    return out[..., : v.shape[-1]]
+    q = torch.cat([q, torch.ones_like(q[..., :width])], dim=-1)
+    # The fused kernels want values as wide as keys.
+    return q, torch.cat([k, channels], dim=-1), F.pad(v, (0, width))
 
 
 def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:
@@ -85,10 +103,19 @@ class StreamAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
         self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, log_score: Tensor | None) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; `log_score` as in `attenuated_attention`."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        log_score: Tensor | None,
+        memory: AttentionMemory | None = None,
+        placement: Placement | None = None,
+    ) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; the others as in `rotate` and `attenuated_attention`."""
         batch, width, hidden = x.shape
         q, k, v = self.qkv_proj(x).view(batch, width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = attenuated_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, log_score, self.rule)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attenuated_attention(q, k, v, log_score, self.rule, memory, placement)
         projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, width, hidden))
         return projected

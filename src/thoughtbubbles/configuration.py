@@ -68,7 +68,6 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     routing: str = "causal"
     attenuation: str = "paper"
     merge: str = "residual"
-    use_cache: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

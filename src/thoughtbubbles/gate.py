@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thoughtbubbles.cache import ForkMemory
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.routing import ROUTERS, width_after_routing
+from thoughtbubbles.routing import ROUTERS, route_causal, width_after_routing
 from thoughtbubbles.streams import Streams
 
 MIN_LOG_SIGMOID = -20.0
@@ -40,14 +41,24 @@ class ForkGate(nn.Module):
         self.projection = _WideLinear(config.hidden_size, 2, bias=False)
         self.fork_embedding = nn.Parameter(torch.rand(config.hidden_size) / math.sqrt(config.hidden_size))
 
-    def forward(self, streams: Streams, budget: Fraction) -> Streams:
-        """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1)."""
+    def forward(self, streams: Streams, budget: Fraction, memory: ForkMemory | None = None) -> Streams:
+        """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
+
+        With the memory of a cache the causal rule goes on from what it holds, whatever the model's own rule is
+        (Design 3.8), the new candidates are added to it, and the width is what the fullest row needs.
+        """
         scores = self.candidate_scores(streams)
-        token = streams.token.repeat_interleave(2, dim=1)
+        token = streams.ordinal.repeat_interleave(2, dim=1)
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
-        survive = ROUTERS[self.routing](scores.detach(), token, optional, alive, budget)
-        width = width_after_routing(self.routing, streams.token.shape[1], streams.num_tokens, budget)
+        rivals = scores.detach()
+        if memory is None:
+            survive = ROUTERS[self.routing](rivals, token, optional, alive, budget)
+            width = width_after_routing(self.routing, streams.token.shape[1], streams.num_tokens, budget)
+        else:
+            survive = route_causal(rivals, token, optional, alive, budget, memory.past_scores, memory.past_admitted)
+            memory.append(rivals, token, survive, optional)
+            width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
         return self._select(streams, scores, origin, alive)
 
@@ -72,6 +83,7 @@ class ForkGate(nn.Module):
             alive=alive,
             num_tokens=streams.num_tokens,
             origin=torch.where(alive, origin, -1),
+            offset=streams.offset,
         )
 
 

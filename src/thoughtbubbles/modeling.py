@@ -5,62 +5,37 @@ Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from thoughtbubbles.attention import ResidualProjection, StreamAttention, rotary_angles
 from thoughtbubbles.budget import Budget
+from thoughtbubbles.cache import AttentionMemory, Placement, StreamCache
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.gate import ForkGate
+from thoughtbubbles.outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from thoughtbubbles.streams import ColumnMap, Streams
 
 IGNORE_INDEX = -100
 
-
-@dataclass
-class ThoughtbubblesModelOutput(ModelOutput):
-    """What `ThoughtbubblesModel` returns.
-
-    Attributes:
-        last_hidden_state: [B, T, D] merged and normed; with the merge `probability`, which has no such vector,
-            the normed roots.
-        hidden_states: if asked for, L + 1 tensors [B, T, D]: the roots entering each block and leaving the last.
-        streams: if asked for, L + 1 `Streams`: entering each block, after its gate, and leaving the last.
-        final_streams: the streams leaving the last block.
-        columns: where the real tokens stand; None without an attention mask.
-    """
-
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    streams: tuple[Streams, ...] | None = None
-    final_streams: Streams | None = None
-    columns: ColumnMap | None = None
-
-
-@dataclass
-class ThoughtbubblesCausalLMOutput(ModelOutput):
-    """What `ThoughtbubblesForCausalLM` returns.
-
-    Attributes:
-        loss: mean cross-entropy in nats over the labelled tokens, if labels were given.
-        logits: [B, T, V], finite and meaningless at padding.
-        hidden_states, streams: as in `ThoughtbubblesModelOutput`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    streams: tuple[Streams, ...] | None = None
+logger = logging.get_logger(__name__)
 
 
 class ThoughtbubblesMLP(nn.Module):
@@ -91,11 +66,19 @@ class ThoughtbubblesBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, log_score: Tensor | None, update_weight: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        log_score: Tensor | None,
+        update_weight: Tensor | None,
+        memory: AttentionMemory | None = None,
+        placement: Placement | None = None,
     ) -> Tensor:
         """x [B, N, D]; log_score [B, N] of the keys; update_weight [B, N] in both updates. None: 0 and 1."""
         weight = 1 if update_weight is None else update_weight[..., None].to(x.dtype)
-        x = x + weight * self.dropout(self.attention(self.attention_norm(x), cos, sin, log_score))
+        attended = self.attention(self.attention_norm(x), cos, sin, log_score, memory, placement)
+        x = x + weight * self.dropout(attended)
         out: Tensor = x + weight * self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
@@ -139,6 +122,8 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: StreamCache | None = None,
+        use_cache: bool | None = None,
         budget: Budget | None = None,
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
@@ -148,71 +133,116 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
 
         Args:
             input_ids: [B, T] int64; or else `inputs_embeds` [B, T, D].
-            attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (Design 3.7).
+            attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (Design 3.7). With
+                a filled cache [B, past + T].
+            past_key_values: a cache to go on from and to add to (Design 3.8); an empty one to begin with.
+            use_cache: whether to make and return a cache where none is given; None is no.
             budget: streams per token, in place of the configured budget (Design 3.9).
             output_hidden_states: also return the roots at every layer.
             output_streams: also return the streams at every layer.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, a row longer than
-                `max_position_embeddings`, a mask of another shape, a bad budget, or an argument without effect.
+                `max_position_embeddings`, a mask of another shape, a bad budget, an argument without effect, or a
+                cache of another class, model, budget or batch, or together with gradient checkpointing.
         """
         _refuse_unknown(kwargs)
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
-        self._check_inputs(input_ids, attention_mask, inputs_embeds)
+        cache = StreamCache() if use_cache and past_key_values is None else past_key_values
+        given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -given.shape[1] :]
         columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask)
+        offset = self._open_cache(cache, kappa, given, columns)
         trail: list[Streams] = []
-        for streams in self._layers(self._embed(input_ids, inputs_embeds, columns), kappa):
+        for streams in self._layers(self._embed(input_ids, inputs_embeds, columns, offset), kappa, cache):
             if want_hidden or output_streams:
                 trail.append(streams)
+        weighted = self._merge_is_weighted(kappa)
         return ThoughtbubblesModelOutput(
-            last_hidden_state=_to_columns(self._merge(streams), columns),
+            last_hidden_state=_to_columns(self._merge(streams, weighted), columns),
             hidden_states=tuple(_to_columns(s.roots(), columns) for s in trail) if want_hidden else None,
             streams=tuple(trail) if output_streams else None,
             final_streams=streams,
+            merge_is_weighted=weighted,
             columns=columns,
+            past_key_values=cache,
         )
 
-    def _layers(self, streams: Streams, kappa: Fraction) -> Iterator[Streams]:
+    def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
         """The streams entering each block, after its gate, and those leaving the last."""
         config = self.config
-        cos, sin = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
         for index, block in enumerate(self.layers):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
             # choose other survivors (Design 3.2).
             if index in config.gated_layers:
-                streams = self.gates[str(index)](streams, kappa)
+                streams = self.gates[str(index)](streams, kappa, None if cache is None else cache.forks[index])
+            if index == 0 or index in config.gated_layers:
                 cos, sin = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
+                placement = None if cache is None else cache.place(index, streams.ordinal, streams.alive)
             yield streams
-            streams = streams.with_residual(block(streams.residual, cos, sin, *self._attenuation(streams, index)))
+            memory = None if cache is None else cache.attention[index]
+            attenuation = self._attenuation(streams, index)
+            streams = streams.with_residual(block(streams.residual, cos, sin, *attenuation, memory, placement))
         yield streams
 
+    def _open_cache(
+        self, cache: StreamCache | None, kappa: Fraction, given: Tensor, columns: ColumnMap | None
+    ) -> Tensor | None:
+        """Note the columns of a pass in the cache; the tokens of each row that it held before, [B, 1]."""
+        if cache is None:
+            return None
+        cache.begin(self.config, kappa, len(given))
+        before = cache.tokens
+        cache.see(given.new_ones(given.shape[:2], dtype=torch.bool) if columns is None else columns.real)
+        if self.config.routing == "topk":
+            logger.warning_once("topk routing needs the whole row: with a cache, decoding routes causally instead")
+        return None if before is None else before[:, None]
+
     def _check_inputs(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None
-    ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: StreamCache | None,
+    ) -> Tensor:
+        """The ids [B, T] or embeddings [B, T, D], checked."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        assert given is not None
-        if given.dim() != 2 or given.shape[1] == 0:
+        if given.dim() != (2 if inputs_embeds is None else 3) or given.shape[1] == 0:
             raise ValueError(f"input of shape {tuple(given.shape)}: expected rows of at least one token, [B, T]")
-        if given.shape[1] > self.config.max_position_embeddings:
+        if cache is not None and not isinstance(cache, StreamCache):
+            raise ValueError(f"past_key_values of class {type(cache).__name__}: expected a StreamCache")
+        if cache is not None and self.training and self.is_gradient_checkpointing:
+            raise ValueError("past_key_values: expected none while gradient checkpointing recomputes the blocks")
+        length = given.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"input of {given.shape[1]} tokens: expected at most "
+                f"input of {length} tokens: expected at most "
                 f"max_position_embeddings={self.config.max_position_embeddings}"
             )
-        if attention_mask is not None and attention_mask.shape != given.shape:
-            shapes = f"{tuple(attention_mask.shape)}: expected that of the input, {tuple(given.shape)}"
-            raise ValueError(f"attention_mask of shape {shapes}")
+        if attention_mask is not None and attention_mask.shape != (len(given), length):
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: expected {(len(given), length)}, "
+                "that of the input and of what a cache holds"
+            )
+        return given
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, columns: ColumnMap | None) -> Streams:
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        columns: ColumnMap | None,
+        offset: Tensor | None,
+    ) -> Streams:
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
         if columns is not None:
             given = columns.compact(given)
         embeddings = self.embed_tokens(given) if inputs_embeds is None else given
-        return Streams.from_embeddings(self.dropout(embeddings), None if columns is None else columns.alive)
+        return Streams.from_embeddings(self.dropout(embeddings), None if columns is None else columns.alive, offset)
 
     def _attenuation(self, streams: Streams, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """The scores [B, N] that attention sees at a layer, and the weights [B, N] of its updates (Design 3.5)."""
@@ -227,18 +257,20 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         reserved = bool(gated) and config.attenuation == "released"
         return streams.log_score if scored or reserved else None, weight
 
-    def merge_is_weighted(self, streams: Streams) -> bool:
-        """Whether the merge weighs streams by p; the release does not where the width is that of the input."""
-        unforked = streams.token.shape[1] == streams.num_tokens
-        return bool(self.config.gated_layers) and not (self.config.attenuation == "released" and unforked)
+    def _merge_is_weighted(self, kappa: Fraction) -> bool:
+        """Whether the merge weighs streams by p.
 
-    def _merge(self, streams: Streams) -> Tensor:
+        The release does not where the width stays that of the input: under its own rule, at budget 1.
+        """
+        return bool(self.config.gated_layers) and (self.config.attenuation != "released" or kappa != 1)
+
+    def _merge(self, streams: Streams, weighted: bool) -> Tensor:
         """[B, T, D] in token order: merged and normed (Design 3.6)."""
         if self.config.merge == "residual":
-            out: Tensor = self.norm(streams.merge_residuals(self.merge_is_weighted(streams)))
+            out: Tensor = self.norm(streams.merge_residuals(weighted))
         elif self.config.merge == "residual-normed":
             normed = streams.with_residual(self.norm(streams.residual))
-            out = normed.merge_residuals(self.merge_is_weighted(streams))
+            out = normed.merge_residuals(weighted)
         else:
             out = self.norm(streams.roots())
         return out
@@ -262,6 +294,8 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        past_key_values: StreamCache | None = None,
+        use_cache: bool | None = None,
         budget: Budget | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -291,13 +325,15 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             budget=budget,
             output_hidden_states=output_hidden_states,
             output_streams=output_streams,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.merge == "probability":
-            logits = _to_columns(self._mix_streams(out.final_streams), out.columns)[:, keep].contiguous()
+            logits = _to_columns(self._mix_streams(out), out.columns)[:, keep].contiguous()
         else:
             logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
@@ -310,14 +346,31 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
         return ThoughtbubblesCausalLMOutput(
-            loss=loss, logits=logits, hidden_states=out.hidden_states, streams=out.streams
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            streams=out.streams,
         )
 
-    def _mix_streams(self, streams: Streams) -> Tensor:
+    def _prepare_cache_for_generation(  # type: ignore[override]  # its other arguments change with the version
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Start `generate` with an empty cache of ours, unless it was given one or told to use none."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: expected None, since streams need "
+                "a StreamCache"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StreamCache()
+
+    def _mix_streams(self, out: ThoughtbubblesModelOutput) -> Tensor:
         """Log of the mixture of all streams' next-token distributions [B, T, V] (Design 3.6, `probability`)."""
-        logits = self.lm_head(self.model.norm(streams.residual))
-        log_probs = logits.to(streams.log_score.dtype).log_softmax(-1)
-        return streams.mix_log_probs(log_probs, self.model.merge_is_weighted(streams))
+        assert out.final_streams is not None
+        logits = self.lm_head(self.model.norm(out.final_streams.residual))
+        log_probs = logits.to(out.final_streams.log_score.dtype).log_softmax(-1)
+        return out.final_streams.mix_log_probs(log_probs, bool(out.merge_is_weighted))
 
 
 def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:

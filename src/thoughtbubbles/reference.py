@@ -124,15 +124,6 @@ def route_topk(
     return survive
 
 
-def _final_width(model: _Model, padded_length: int) -> int:
-    """Return the static number of stream slots of a row after the last fork layer (Design 3.1)."""
-    whole = math.ceil if model.config.routing == "topk" else math.floor
-    width = padded_length
-    for _ in model.fork_layers:
-        width = min(2 * width, whole(model.budget * padded_length))
-    return width
-
-
 # --- Gate (Design 3.2) ---
 
 
@@ -351,8 +342,9 @@ def reference_forward(
     """
     model = _model(config, parameters, budget)
     rows, length = input_ids.shape
-    # The released code decides by the static width, whatever the row's own streams are (Design 3.6).
-    weighted = config.attenuation != "released" or _final_width(model, length) != length
+    # The released code skips the weighting where the width stays that of the input. Under its own rule, ceil(kappa T)
+    # streams, that is the case at budget 1 alone; so decided, no logit depends on the padding (Design 3.6, 3.7).
+    weighted = config.attenuation != "released" or model.budget != 1
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padding = model.parameters["model.embed_tokens.weight"].new_zeros(config.vocab_size)
 

@@ -8,6 +8,8 @@ A router is a pure function of the candidates' scores, never of residuals. All o
     alive     [B, M] bool
     budget    the exact rational kappa
 
+The causal rule can also go on from a past (Design 3.8).
+
 and return survive [B, M] bool. The keeps of roots survive every rule, order is preserved, ties go to the
 leftmost.
 """
@@ -18,26 +20,42 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import ceil_times, floor_times
+from thoughtbubbles.budget import MAX_TOKENS, ceil_times, floor_times
 
 Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
 
 
 @torch.no_grad()
-def route_causal(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
+def route_causal(
+    scores: Tensor,
+    token: Tensor,
+    optional: Tensor,
+    alive: Tensor,
+    budget: Fraction,
+    past_scores: Tensor | None = None,
+    past_admitted: Tensor | None = None,
+) -> Tensor:
     """Left to right within an allowance: no decision depends on a later token (Design 3.3, `causal`).
 
     Both steps of the rule are evaluated in visiting order: by token, and by descending score within one.
+
+    Args:
+        past_scores: [B, P] scores of the optional candidates of the tokens before these, -inf where a row has fewer;
+            `token` counts from the start of the whole row then.
+        past_admitted: [B] how many of those were admitted.
     """
     rank = _rank_optional(scores, optional)
-    visit = torch.argsort(torch.where(alive, token, token.shape[1]) * token.shape[1] + rank, dim=1)
-    optional_ = optional.gather(1, visit)
+    visit = torch.argsort(torch.where(alive, token, MAX_TOKENS) * token.shape[1] + rank, dim=1)
     allowance = floor_times(budget - 1, token.gather(1, visit) + 1)
 
     # Before c come, in visiting order, all optional candidates of earlier tokens and the better ones of its
     # own: exactly those of tokens <= t that may outrank it.
-    eligible = optional_ & (_count_smaller_before(rank.gather(1, visit)) < allowance)
-    admitted = _admit_within_credit(eligible, allowance)
+    outranked_by = _count_smaller_before(rank.gather(1, visit))
+    if past_scores is not None:
+        outranked_by = outranked_by + _count_at_least(past_scores, scores).gather(1, visit)
+    eligible = optional.gather(1, visit) & (outranked_by < allowance)
+    credit_used = 0 if past_admitted is None else past_admitted[:, None]
+    admitted = _admit_within_credit(eligible, allowance, credit_used)
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
 
 
@@ -69,12 +87,17 @@ def _rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
     )
 
 
-def _admit_within_credit(eligible: Tensor, allowance: Tensor) -> Tensor:
-    """Step 2 of the causal rule in closed form (Design 3.3); both [B, M] in visiting order."""
+def _admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor | int) -> Tensor:
+    """Step 2 of the causal rule in closed form (Design 3.3); [B, M] in visiting order, credit used before [B, 1]."""
     visited = eligible.cumsum(1)
-    slack = torch.where(eligible, allowance - visited, 0)
+    slack = torch.where(eligible, allowance - credit_used - visited, 0)
     admitted_so_far = visited + slack.cummin(1).values.clamp(max=0)
     return eligible & (admitted_so_far.diff(dim=1, prepend=torch.zeros_like(visited[:, :1])) > 0)
+
+
+def _count_at_least(past: Tensor, scores: Tensor) -> Tensor:
+    """For each score [B, M] the number of past ones [B, P] that come before it: the past stands to the left."""
+    return past.shape[1] - torch.searchsorted(past.sort(dim=1).values, scores.contiguous())
 
 
 def _count_smaller_before(rank: Tensor) -> Tensor:

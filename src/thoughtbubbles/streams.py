@@ -20,8 +20,9 @@ class Streams:
         alive: [B, N] bool, a run of True at the left of each row.
         num_tokens: T, the padded length in tokens.
         origin: [B, N] int64, right after a fork layer the candidate that each stream was (2 i for the fork and
-            2 i + 1 for the keep of stream i before the layer), -1 in dead slots; None at the input.
+            2 i + 1 for the keep of stream i before the layer), -1 in dead slots; None before the first.
         padded: whether slots may be dead. False lets a dense row skip the masking.
+        offset: [B, 1] int64, tokens of each row before these, which a cache holds; None if there are none.
     """
 
     residual: Tensor
@@ -31,26 +32,22 @@ class Streams:
     num_tokens: int
     origin: Tensor | None = None
     padded: bool = True
+    offset: Tensor | None = None
 
     @classmethod
-    def from_embeddings(cls, embeddings: Tensor, alive: Tensor | None = None) -> "Streams":
+    def from_embeddings(
+        cls, embeddings: Tensor, alive: Tensor | None = None, offset: Tensor | None = None
+    ) -> "Streams":
         """One stream a token, log score 0. embeddings [B, T, D] packed left; alive [B, T], None if all are."""
         batch, length, _ = embeddings.shape
         ordinals = torch.arange(length, device=embeddings.device).expand(batch, length)
         score_type = torch.promote_types(embeddings.dtype, torch.float32)
         log_score = torch.zeros(batch, length, dtype=score_type, device=embeddings.device)
         if alive is None:
-            return cls(
-                embeddings,
-                log_score,
-                ordinals,
-                torch.ones_like(ordinals, dtype=torch.bool),
-                length,
-                None,
-                False,
-            )
+            everywhere = torch.ones_like(ordinals, dtype=torch.bool)
+            return cls(embeddings, log_score, ordinals, everywhere, length, padded=False, offset=offset)
         residual = torch.where(alive[..., None], embeddings, 0)
-        return cls(residual, log_score, torch.where(alive, ordinals, length), alive, length)
+        return cls(residual, log_score, torch.where(alive, ordinals, length), alive, length, offset=offset)
 
     def with_residual(self, residual: Tensor) -> "Streams":
         """The same streams with another residual [B, N, D]."""
@@ -67,13 +64,18 @@ class Streams:
         sizes = self.token.new_zeros(len(self.token), self.num_tokens + 1)
         return sizes.scatter_add_(1, self.token, torch.ones_like(self.token))[:, :-1]
 
+    @property
+    def ordinal(self) -> Tensor:
+        """[B, N] int64: `token`, counted from the start of the whole row."""
+        return self.token if self.offset is None else self.token + self.offset
+
     def positions(self) -> Tensor:
         """[B, N] float positions of Design 3.4: the i-th of c streams of ordinal t stands at t + i / c."""
         token = self.token.contiguous()
         first = torch.searchsorted(token, token)
         end = torch.searchsorted(token, token, right=True)
         place = torch.arange(1, token.shape[1] + 1, device=token.device) - first
-        return self.token + place.to(self.log_score.dtype) / (end - first)
+        return self.ordinal + place.to(self.log_score.dtype) / (end - first)
 
     def roots(self) -> Tensor:
         """[B, T, D]: the residual of each token's root, zero for the ordinals that a row lacks."""
@@ -105,9 +107,9 @@ class Streams:
 
     def _sum_over_bubbles(self, values: Tensor) -> Tensor:
         """[B, N, D] -> [B, T, D]; dead slots fall into a place that is cut off."""
-        batch, slots, width = values.shape
-        if slots == self.num_tokens:
-            return values  # every root survives, so that as many slots as tokens are one stream each
+        if self.origin is None:
+            return values  # nothing was forked yet: slots are tokens
+        batch, _, width = values.shape
         places = self.num_tokens + 1
         row = torch.arange(batch, device=values.device)[:, None] * places
         sums = values.new_zeros(batch * places, width)

@@ -1,0 +1,322 @@
+"""The cache of exact decoding (Design 3.8).
+
+With causal routing nothing about a past token ever changes, so everything that later tokens need of it can be kept:
+keys and values of its streams, and at each fork layer the scores that its candidates competed with.
+
+Shape letters: B batch, S kept streams or candidates of a row, N new streams, H heads.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from thoughtbubbles.configuration import ThoughtbubblesConfig
+
+BLOCK = 128
+"""Entries by which a row's memory grows."""
+
+
+class RowBuffer:
+    """Tensors [B, ..., S, ...] whose rows have their own lengths along one dimension, grown in blocks.
+
+    Entries past a row's length are finite and mean nothing.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.data: Tensor | None = None
+
+    def write(self, values: Tensor, starts: list[int]) -> None:
+        """Lay `values` [B, ..., n, ...] into each row from its start on."""
+        count, end = values.shape[self.dim], max(starts) + values.shape[self.dim]
+        data = self._with_room(values, end)
+        if min(starts) == max(starts):
+            data.narrow(self.dim, starts[0], count).copy_(values)
+            return
+        shape = [1] * values.dim()
+        shape[0] = len(starts)
+        begin = torch.tensor(starts, device=values.device).view(shape)
+        shape[0], shape[self.dim] = 1, count
+        index = begin + torch.arange(count, device=values.device).view(shape)
+        data.scatter_(self.dim, index.expand_as(values), values)
+
+    def read(self, width: int) -> Tensor:
+        """The first `width` entries of every row."""
+        assert self.data is not None
+        return self.data.narrow(self.dim, 0, width)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index`, in that order, repeated where it repeats."""
+        if self.data is not None:
+            self.data = self.data.index_select(0, index.to(self.data.device))
+
+    def _with_room(self, values: Tensor, entries: int) -> Tensor:
+        held = 0 if self.data is None else self.data.shape[self.dim]
+        if entries > held:
+            shape = list(values.shape)
+            shape[self.dim] = -(-entries // BLOCK) * BLOCK - held
+            room = values.new_zeros(shape)
+            self.data = room if self.data is None else torch.cat([self.data, room], self.dim)
+        assert self.data is not None
+        return self.data
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the new streams of a pass go in the memory of the layers up to the next fork, and what they see.
+
+    Attributes:
+        token: [B, N] ordinals of the new streams in the whole row; meaningless where dead.
+        counts: new streams of each row, the first so many of its N.
+        mask: [B, 1, N, S] bool, what each new stream attends to; None where that is all up to itself (`is_causal`) or
+            all there is.
+        is_causal: whether the new streams are all there is and see each other left to right.
+    """
+
+    token: Tensor
+    counts: list[int]
+    mask: Tensor | None
+    is_causal: bool
+
+
+class AttentionMemory:
+    """Keys and values of one attention layer, as they enter the product: rotated, with their scores applied."""
+
+    def __init__(self) -> None:
+        self.keys, self.values, self.token = RowBuffer(2), RowBuffer(2), RowBuffer(1)
+        self.lengths: list[int] = []
+
+    def place(self, token: Tensor, counts: list[int]) -> Placement:
+        """How a pass of new streams with ordinals [B, N], `counts` of them alive, meets what is kept."""
+        starts = self.lengths or [0] * len(counts)
+        new = token.shape[1]
+        if max(starts) == 0:
+            return Placement(token, counts, None, is_causal=True)
+        if new == 1 and min(starts) == max(starts):
+            return Placement(token, counts, None, is_causal=False)
+        begin = torch.tensor(starts, device=token.device)[:, None, None]
+        reach = begin + torch.arange(1, new + 1, device=token.device)[None, :, None]
+        mask = torch.arange(max(starts) + new, device=token.device) < reach
+        return Placement(token, counts, mask[:, None], is_causal=False)
+
+    def append(self, keys: Tensor, values: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Keep the new streams' keys and values [B, H, N, K]; return those of all streams [B, H, S, K]."""
+        starts = self.lengths or [0] * len(keys)
+        self.keys.write(keys, starts)
+        self.values.write(values, starts)
+        self.token.write(placement.token, starts)
+        width = max(starts) + keys.shape[2]
+        self.lengths = [start + count for start, count in zip(starts, placement.counts, strict=True)]
+        return self.keys.read(width), self.values.read(width)
+
+    def crop(self, tokens: Tensor) -> None:
+        """Forget the streams of ordinals from `tokens` [B] on."""
+        self.lengths = _lengths_below(self.token, self.lengths, tokens)
+
+    def select_rows(self, index: Tensor) -> None:
+        """As `RowBuffer.select_rows`."""
+        for buffer in (self.keys, self.values, self.token):
+            buffer.select_rows(index)
+        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
+
+
+class ForkMemory:
+    """What a fork layer must remember: the optional candidates so far, and which of them were admitted."""
+
+    def __init__(self) -> None:
+        self.scores, self.token, self.admitted = RowBuffer(1), RowBuffer(1), RowBuffer(1)
+        self.lengths: list[int] = []
+
+    @property
+    def past_scores(self) -> Tensor | None:
+        """[B, S] log scores of the past optional candidates, -inf past a row's end; None if there are none."""
+        if not any(self.lengths):
+            return None
+        scores = self.scores.read(max(self.lengths))
+        return scores.masked_fill(~_valid(self.lengths, scores), -torch.inf)
+
+    @property
+    def past_admitted(self) -> Tensor | None:
+        """[B] how many of them were admitted; None if there are none."""
+        if not any(self.lengths):
+            return None
+        admitted = self.admitted.read(max(self.lengths))
+        return (admitted & _valid(self.lengths, admitted)).sum(1)
+
+    def append(self, scores: Tensor, token: Tensor, admitted: Tensor, optional: Tensor) -> None:
+        """Keep the optional ones of new candidates [B, M], `token` their ordinals in the whole row."""
+        counts: list[int] = optional.sum(1).tolist()
+        width = max(counts)
+        starts = self.lengths or [0] * len(counts)
+        if width:
+            order = torch.argsort(~optional, dim=1, stable=True)[:, :width]
+            for buffer, values in ((self.scores, scores), (self.token, token), (self.admitted, admitted)):
+                buffer.write(values.gather(1, order), starts)
+        self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+
+    def crop(self, tokens: Tensor) -> None:
+        """Forget the candidates of ordinals from `tokens` [B] on."""
+        self.lengths = _lengths_below(self.token, self.lengths, tokens)
+
+    def select_rows(self, index: Tensor) -> None:
+        """As `RowBuffer.select_rows`."""
+        for buffer in (self.scores, self.token, self.admitted):
+            buffer.select_rows(index)
+        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
+
+
+class StreamCache(Cache):
+    """Everything that decoding needs of the tokens so far (Design 3.8).
+
+    Pass an empty one as `past_key_values`; `generate` does so by itself. It serves one model at one budget.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, the budget included."""
+        self.budget: Fraction | None = None
+        self.attention: list[AttentionMemory] = []
+        self.forks: dict[int, ForkMemory] = {}
+        self.real: Tensor | None = None
+        self._owner: tuple[Any, ...] | None = None
+
+    def begin(self, config: ThoughtbubblesConfig, budget: Fraction, batch: int) -> None:
+        """Get ready for a pass of a model.
+
+        Raises:
+            ValueError: if the cache was filled by a model of another shape, at another budget or for another batch.
+        """
+        owner = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.gated_layers,
+            config.attenuation,
+        )
+        if self._owner is None:
+            self._owner, self.budget = owner, budget
+            self.attention = [AttentionMemory() for _ in range(config.num_hidden_layers)]
+            self.forks = {layer: ForkMemory() for layer in config.gated_layers}
+        if owner != self._owner:
+            raise ValueError(f"past_key_values: filled by a model of shape {self._owner}, expected {owner}")
+        if budget != self.budget:
+            raise ValueError(f"budget={budget}: expected {self.budget}, with which the cache was filled")
+        if self.real is not None and len(self.real) != batch:
+            raise ValueError(f"batch of {batch} rows: expected {len(self.real)}, those of the cache")
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[B] real tokens so far; None before the first."""
+        return None if self.real is None else self.real.sum(1)
+
+    def place(self, layer: int, token: Tensor, alive: Tensor) -> Placement:
+        """Where the new streams [B, N] that enter `layer`, a fork layer or the first, go up to the next fork layer."""
+        return self.attention[layer].place(token, alive.sum(1).tolist())
+
+    def see(self, real: Tensor) -> None:
+        """Note the columns [B, q] of a pass, True at real tokens."""
+        self.real = real if self.real is None else torch.cat([self.real, real], dim=1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far: tokens of a row, padding included."""
+        return 0 if self.real is None else self.real.shape[1]
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No bound of its own: -1."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No bound of its own: -1."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a pass over `query_length` of them attends to, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, as many as the negative of `tokens_to_remove`, which is transformers' convention.
+
+        Raises:
+            ValueError: for a positive number, which older versions took for the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: expected the negative of a number of columns, or 0")
+        if self.real is None or tokens_to_remove == 0:
+            return
+        self.real = self.real[:, : max(self.real.shape[1] + tokens_to_remove, 0)]
+        tokens = self.real.sum(1)
+        for memory in self._memories():
+            memory.crop(tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx` [B], in that order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row in place."""
+        if self.real is not None:
+            self.batch_select_indices(torch.arange(len(self.real)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, in that order."""
+        if self.real is None:
+            return
+        self.real = self.real.index_select(0, indices.to(self.real.device))
+        for memory in self._memories():
+            memory.select_rows(indices)
+
+    def _memories(self) -> list[AttentionMemory | ForkMemory]:
+        return [*self.attention, *self.forks.values()]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a pass was made."""
+        return self.real is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, 0 before the first pass."""
+        return 0 if self.real is None else len(self.real)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer forgets."""
+        return [False] * len(self.attention)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        buffers = [b for m in self.attention for b in (m.keys, m.values, m.token)]
+        buffers += [b for m in self.forks.values() for b in (m.scores, m.token, m.admitted)]
+        return sum(buffer.data.nbytes for buffer in buffers if buffer.data is not None)
+
+    def __len__(self) -> int:
+        return len(self.attention)
+
+    def __repr__(self) -> str:
+        return f"StreamCache(columns={self.get_seq_length()}, rows={self.batch_size}, budget={self.budget})"
+
+
+def _valid(lengths: list[int], values: Tensor) -> Tensor:
+    """[B, S] bool: the entries before each row's end."""
+    ends = torch.tensor(lengths, device=values.device)[:, None]
+    return torch.arange(values.shape[1], device=values.device) < ends
+
+
+def _lengths_below(token: RowBuffer, lengths: list[int], tokens: Tensor) -> list[int]:
+    """The entries of each row whose ordinal is below `tokens` [B]; ordinals do not decrease along a row."""
+    if not any(lengths):
+        return lengths
+    ordinals = token.read(max(lengths))
+    kept: list[int] = ((ordinals < tokens[:, None]) & _valid(lengths, ordinals)).sum(1).tolist()
+    return kept
