@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thoughtbubbles.data import load_prepared, prepare
-from thoughtbubbles.evaluation.generation import generate_text
+from thoughtbubbles.evaluation.generation import Sampling, generate_text
 from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
 from thoughtbubbles.evaluation.perplexity import Perplexity, evaluate_perplexity
 from thoughtbubbles.inspection.bubbles import bubble_sizes
@@ -77,8 +77,8 @@ def show_sample(console: Console) -> None:
     """What the Thoughtbubbles model writes."""
     model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")
     console.rule("a sample of Thoughtbubbles")
-    text = generate_text(model, tokenizer, PROMPT, max_new_tokens=80, temperature=0.7)
-    console.print(text, markup=False, highlight=False)
+    made = generate_text(model, tokenizer, PROMPT, max_new_tokens=80, sampling=Sampling(temperature=0.7))
+    console.print(made.prompt + made.continuation, markup=False, highlight=False)
     console.rule()
 
 

@@ -93,9 +93,39 @@ def test_generate_repeats_for_a_seed(tiny_run: Path) -> None:
     assert run(*arguments, "--seed", 5) == run(*arguments, "--seed", 5)
 
 
+def test_generate_reads_a_file_and_standard_input(tmp_path: Path, tiny_run: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("the root")
+    common = ("generate", str(tiny_run), "--max-new-tokens", "4", "--temperature", "0")
+    texts = [run(*common, "--prompt", "the root"), run(*common, "--file", tmp_path / "prompt.txt")]
+    texts.append(CliRunner().invoke(app, common, input="the root").stdout)
+    assert texts[0].startswith("the root")
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_generate_asks_until_the_input_ends(tiny_run: Path) -> None:
+    arguments = ["generate", str(tiny_run), "--interactive", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, arguments, input="the\nroot\n", catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout.count("> ") == 3
+
+
+def test_generate_prints_json_with_bubbles(tiny_run: Path) -> None:
+    made = json.loads(run("generate", tiny_run, "--prompt", "the", "--json", "--show-bubbles", "--budget", "2"))
+    assert made["prompt"] == "the"
+    assert len(made["bubbles"]) == len(made["ids"])
+    assert max(made["bubbles"]) > 1
+
+
+def test_generate_marks_bubbles(tiny_run: Path) -> None:
+    assert "⟨" in run("generate", tiny_run, "--prompt", "the", "--show-bubbles", "--budget", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["generate", "{run}", "--prompt", "a", "--interactive"], "expected at most one of them"),
+        (["generate", "{run}", "--file", "{tmp}/none.txt"], "none.txt"),
+        (["generate", "{run}", "--prompt", "zq zq zq zq zq zq zq zq zq zq"], "expected at most 15"),
         (["prepare", "{tmp}/out", "{tmp}/nowhere"], "nowhere"),
         (["prepare", "{tmp}/out", "--vocab-size", "5"], "5"),
         (["train", "{tmp}/none.yaml"], "none.yaml: no such file"),

@@ -6,7 +6,7 @@ Commands import what they need when they run, so that help answers at once.
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,9 @@ import typer
 from thoughtbubbles.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
     from thoughtbubbles.evaluation.perplexity import Perplexity
 
 app = typer.Typer(
@@ -162,35 +165,71 @@ def perplexity(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    prompt: Annotated[str, typer.Option(help="Text to continue; empty starts a new document.")] = "",
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; empty starts a new document.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File that holds the prompt; without either, standard input does.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass.", min=0, max=1)] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample among tokens of at least this share of the likeliest's.", min=0, max=1)
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.", min=0.01)] = 1.0,
     budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    show_bubbles: Annotated[
+        bool, typer.Option("--show-bubbles", help="Afterwards mark each token with the streams it ended with.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
+    from thoughtbubbles.budget import parse_budget
+    from thoughtbubbles.evaluation.generation import Sampling, generate_text
+    from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
+    from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
+
+    with _bad_input():
+        parse_budget(budget or 1)
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    for text in _prompts(prompt, file, interactive):
+        with _bad_input():
+            streamer = None if as_json else _streamer(tokenizer)
+            made = generate_text(loaded, tokenizer, text, max_new_tokens, sampling, budget, seed, streamer)
+        sizes = final_bubbles(loaded, made.ids, budget) if show_bubbles else None
+        if as_json:
+            typer.echo(json.dumps({**asdict(made), "seed": seed, "bubbles": sizes}))
+        elif sizes is not None:
+            pieces = [str(tokenizer.decode([token])) for token in made.ids]
+            typer.echo(mark_bubbles(pieces, sizes))
+
+
+def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
     from transformers import TextStreamer
 
-    from thoughtbubbles.evaluation.generation import generate_text
-    from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
+    return TextStreamer(tokenizer, skip_special_tokens=True)
 
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model)
-    with _bad_input():
-        generate_text(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            budget=budget,
-            seed=seed,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
+
+def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterator[str]:
+    """The prompts of a call: one, or as many as a user types."""
+    if sum((prompt is not None, file is not None, interactive)) > 1:
+        raise InputError("--prompt, --file, --interactive: expected at most one of them")
+    if interactive:
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+    elif file is not None:
+        try:
+            yield file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--file {file}: {error}") from None
+    elif prompt is not None:
+        yield prompt
+    else:
+        yield "" if sys.stdin.isatty() else sys.stdin.read()
 
 
 def _describe(result: "Perplexity") -> str:

@@ -3,11 +3,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.evaluation.generation import generate_text
 from thoughtbubbles.evaluation.loading import find_model, load_model, load_tokenizer
 
 
@@ -59,26 +57,3 @@ def test_no_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"expected tokenizer\.json"):
         load_tokenizer(copy)
-
-
-def test_greedy_text_is_the_argmax_of_each_prefix(tiny_run: Path) -> None:
-    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
-    text = generate_text(model, tokenizer, "the", max_new_tokens=6, temperature=0)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode("the", add_special_tokens=False)]
-    for _ in range(6):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    assert text == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_sampling_repeats_for_a_seed_and_stops_at_the_longest_row(tiny_run: Path) -> None:
-    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
-    texts = [generate_text(model, tokenizer, "the", 1000, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_prompt_too_long(tiny_run: Path) -> None:
-    model, tokenizer = load_model(tiny_run, "cpu"), load_tokenizer(tiny_run)
-    with pytest.raises(ValueError, match="expected 1 to 15, separator included"):
-        generate_text(model, tokenizer, "zq" * 40)

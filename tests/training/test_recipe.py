@@ -64,6 +64,7 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("training.warmup_fraction=0.9", "training.warmup_fraction=0.9, training.decay_fraction=0.2"),
         ("training.gradient_checkpointing=1", "training.gradient_checkpointing=1: expected true or false"),
         ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1, or null for all"),
+        ("data.final_eval_blocks=-1", "data.final_eval_blocks=-1: expected at least 1, or null for all"),
         ("data.eval_blocks=x", "data.eval_blocks='x': expected a whole number or null"),
         ("steps=3", "override 'steps=3': expected section.key=value"),
         ("training.steps", "expected section.key=value"),

@@ -53,6 +53,17 @@ def test_summary_holds_the_saved_models_perplexity(tiny_run: Path, tiny_data: Pr
     assert (summary.tokens, summary.eval_leaks) == (12 * 4 * BLOCK, False)
 
 
+def test_evaluations_can_be_cut_to_the_first_blocks(tmp_path: Path, tiny_data: PreparedData) -> None:
+    overrides = ("data.eval_blocks=3", "data.final_eval_blocks=5", "training.steps=4", "training.eval_every=4")
+    train(tiny_recipe(tmp_path, tiny_data.path, *overrides), progress=False)
+    model = ThoughtbubblesForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    blocks = tiny_data.validation[:5]["input_ids"]
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval_loss"]
+    assert last == pytest.approx(evaluate_perplexity(model, blocks[:3]).loss, abs=1e-5)
+    final = RunSummary.read(tmp_path / "run").eval_loss
+    assert final == pytest.approx(evaluate_perplexity(model, blocks).loss, abs=1e-5)
+
+
 def test_same_seed_same_metrics(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     train(tiny_recipe(tmp_path, tiny_data.path), progress=False)
     assert comparable(tmp_path / "run") == comparable(tiny_run)

@@ -1,5 +1,6 @@
 """Generating text from a prompt."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,35 +12,77 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens; 0 is all.
+        top_p: only the likeliest tokens that together have this probability; 1 is all.
+        min_p: only tokens of at least this share of the likeliest one's probability; 0 is all.
+        repetition_penalty: above 1 makes tokens that occurred less likely; 1 is none.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `generate` in transformers."""
+        arguments: dict[str, Any] = {"do_sample": self.temperature > 0, "repetition_penalty": self.repetition_penalty}
+        if self.temperature > 0:
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            arguments |= {"min_p": self.min_p} if self.min_p > 0 else {}
+        return arguments
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continued prompt.
+
+    Attributes:
+        prompt: as given.
+        continuation: the text after it.
+        ids: token ids of both, the document separator in front included.
+        prompt_tokens: how many of them are the separator's and the prompt's.
+    """
+
+    prompt: str
+    continuation: str
+    ids: list[int]
+    prompt_tokens: int
+
+
 def generate_text(
     model: ThoughtbubblesForCausalLM,
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str = "",
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling | None = None,
     budget: Budget | None = None,
     seed: int = 0,
     streamer: Any = None,
-) -> str:
-    """The prompt and its continuation, up to the end of the document or of the longest row that the model takes.
+) -> Generation:
+    """Continue a prompt up to the end of the document or of the longest row that the model takes.
 
     A document of the training data starts with its separator, so that a prompt gets one in front too.
 
     Raises:
-        ValueError: for a prompt that leaves no room, or a bad budget.
+        ValueError: for a prompt that leaves no room, an empty one where the tokenizer has no token to start with, or a
+            bad budget.
     """
     generator: Any = model  # transformers types `generate` for its own classes
     model.config.exact_budget(budget)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = ([] if start is None else [start]) + tokenizer.encode(prompt, add_special_tokens=False)
+    ids: list[int] = ([] if start is None else [start]) + tokenizer.encode(prompt, add_special_tokens=False)
     longest = model.config.max_position_embeddings
-    if not 0 < len(ids) < longest:
-        raise ValueError(f"prompt of {len(ids)} tokens: expected 1 to {longest - 1}, separator included")
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if not ids:
+        raise ValueError("prompt='': expected some text, since the tokenizer has no token to start a document with")
+    if len(ids) >= longest:
+        raise ValueError(f"prompt of {len(ids)} tokens: expected at most {longest - 1}, separator included")
     torch.manual_seed(seed)
     row = torch.tensor([ids], device=model.device)
     out = generator.generate(
@@ -47,11 +90,10 @@ def generate_text(
         attention_mask=torch.ones_like(row),
         max_new_tokens=min(max_new_tokens, longest - len(ids)),
         pad_token_id=tokenizer.eos_token_id,
-        use_cache=False,
         budget=budget,
         streamer=streamer,
-        **sampling,
+        **(sampling or Sampling()).arguments(),
     )
-    text = tokenizer.decode(out[0], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    produced: list[int] = out[0].tolist()
+    continuation = tokenizer.decode(produced[len(ids) :], skip_special_tokens=True)
+    return Generation(prompt, str(continuation), produced, len(ids))

@@ -30,6 +30,7 @@ class DataSection:
 
     path: str = option("folder that `thoughtbubbles prepare` wrote")
     eval_blocks: int | None = option("validation blocks of the evaluations on the way; null is all of them", None)
+    final_eval_blocks: int | None = option("validation blocks of the evaluation at the end; null is all of them", None)
 
 
 @dataclass
@@ -173,8 +174,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_data(data: DataSection) -> DataSection:
-    if data.eval_blocks is not None and data.eval_blocks < 1:
-        raise RecipeError(f"data.eval_blocks={data.eval_blocks}: expected at least 1, or null for all")
+    for name in ("eval_blocks", "final_eval_blocks"):
+        count = getattr(data, name)
+        if count is not None and count < 1:
+            raise RecipeError(f"data.{name}={count}: expected at least 1, or null for all")
     return data
 
 

@@ -38,7 +38,7 @@ class RunSummary:
         tokens: seen in training.
         training_flops: by `thoughtbubbles.accounting`.
         tokens_per_second: in training, evaluations and checkpoints left out, since the last start.
-        eval_loss: nats per token over all validation blocks, one forward a block.
+        eval_loss: nats per token, one forward a block, over all validation blocks or `data.final_eval_blocks`.
         eval_perplexity: exp of it.
         eval_leaks: whether that loss is not the likelihood of a left-to-right model (routing `topk`).
         routing: of the model.
@@ -102,7 +102,7 @@ def train(recipe: Recipe, resume: bool = False, progress: bool = True) -> RunSum
             if isinstance(callback, ProgressDisplay):
                 callback.close()
     _save_model(trainer, output)
-    summary = _summarise(config, trainer, data, metrics)
+    summary = _summarise(config, trainer, _first(data.validation, recipe.data.final_eval_blocks), metrics)
     summary.write(output)
     return summary
 
@@ -181,15 +181,12 @@ def _build_trainer(
     callbacks: list[TrainerCallback] = [metrics]
     if progress:
         callbacks.append(ProgressDisplay(output.name))
-    evaluated = data.validation
-    if recipe.data.eval_blocks is not None:
-        evaluated = evaluated.select(range(min(recipe.data.eval_blocks, len(evaluated))))
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, output),
         data_collator=collate_blocks,
         train_dataset=_whole_batches(data, settings.batch_size),
-        eval_dataset=evaluated,
+        eval_dataset=_first(data.validation, recipe.data.eval_blocks),
         processing_class=data.tokenizer(),
         callbacks=callbacks,
     )
@@ -200,6 +197,10 @@ def _build_trainer(
 def _whole_batches(data: PreparedData, batch_size: int) -> "Dataset":
     """The train blocks but for the few at the end that would make a smaller batch in every epoch."""
     return data.train.select(range(len(data.train) // batch_size * batch_size))
+
+
+def _first(blocks: "Dataset", count: int | None) -> "Dataset":
+    return blocks if count is None else blocks.select(range(min(count, len(blocks))))
 
 
 def _arguments(settings: TrainingSection, output: Path) -> TrainingArguments:
@@ -262,12 +263,10 @@ def _save_model(trainer: Trainer, output: Path) -> None:
         partial.replace(output / "model")
 
 
-def _summarise(
-    config: ThoughtbubblesConfig, trainer: Trainer, data: PreparedData, metrics: MetricsWriter
-) -> RunSummary:
+def _summarise(config: ThoughtbubblesConfig, trainer: Trainer, blocks: "Dataset", metrics: MetricsWriter) -> RunSummary:
     steps = trainer.state.global_step
     done = steps - metrics.first_step
-    loss = trainer.evaluate(data.validation, metric_key_prefix="final")["final_loss"]
+    loss = trainer.evaluate(blocks, metric_key_prefix="final")["final_loss"]
     return RunSummary(
         parameters=count_parameters(config),
         steps=steps,
