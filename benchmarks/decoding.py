@@ -64,13 +64,13 @@ def build_models(arguments: argparse.Namespace) -> dict[str, Any]:
         hidden_size=ours.hidden_size,
         num_hidden_layers=ours.num_hidden_layers,
         num_attention_heads=ours.num_attention_heads,
-        intermediate_size=ours.intermediate_size,
+        intermediate_size=4 * ours.hidden_size,
         max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta, "partial_rotary_factor": 1.0},
         use_parallel_residual=False,
         tie_word_embeddings=True,
     )
-    models = {"ours": ThoughtbubblesForCausalLM(ours), "dense": ThoughtbubblesForCausalLM(dense)}
+    models: dict[str, Any] = {"ours": ThoughtbubblesForCausalLM(ours), "dense": ThoughtbubblesForCausalLM(dense)}
     models["GPT-NeoX"] = GPTNeoXForCausalLM(neox)
     return {name: model.to(arguments.device).eval() for name, model in models.items()}
 

@@ -388,6 +388,7 @@ def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """transformers passes arguments on freely; one that asks for something must not be ignored."""
+    kwargs.pop("tokenizer", None)  # which `generate` needs for stop strings and hands on
     unused = [name for name, value in kwargs.items() if value is not None and value is not False]
     if unused:
         raise ValueError(f"{', '.join(unused)}: not an argument of a Thoughtbubbles model")
