@@ -10,17 +10,16 @@ step, tokens per second and bytes of cache per token.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from machine import describe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cache import StreamCache
 
@@ -31,13 +30,12 @@ def main() -> None:
     """Measure every context and batch."""
     arguments = parse_arguments()
     models = build_models(arguments)
+    refuse_wrong_results(models["ours"], min(arguments.contexts))
     rows: list[dict[str, Any]] = []
     for batch in arguments.batch_sizes:
         for context in arguments.contexts:
             rows += measure(models, context, batch, arguments)
-    machine = {"platform": platform.platform(), "torch": torch.__version__, "transformers": transformers.__version__}
-    machine |= {"device": arguments.device, "threads": str(torch.get_num_threads())}
-    print(json.dumps({"settings": vars(arguments), "machine": machine, "rows": rows}))
+    print(json.dumps({"settings": vars(arguments), "machine": describe(arguments.device), "rows": rows}))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +71,18 @@ def build_models(arguments: argparse.Namespace) -> dict[str, Any]:
     models: dict[str, Any] = {"ours": ThoughtbubblesForCausalLM(ours), "dense": ThoughtbubblesForCausalLM(dense)}
     models["GPT-NeoX"] = GPTNeoXForCausalLM(neox)
     return {name: model.to(arguments.device).eval() for name, model in models.items()}
+
+
+@torch.inference_mode()
+def refuse_wrong_results(model: Any, context: int) -> None:
+    """Exit if a cached step's logits are not those of the full forward: speed would mean nothing."""
+    ids = torch.randint(model.config.vocab_size, (1, context + 1), device=model.device)
+    full = model(ids, logits_to_keep=1).logits
+    cache = StreamCache()
+    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    difference = (model(ids[:, -1:], past_key_values=cache).logits - full).abs().max().item()
+    if not difference < 1e-3:
+        raise SystemExit(f"cached and full logits differ by {difference}: nothing measured")
 
 
 @torch.inference_mode()

@@ -9,14 +9,13 @@ milliseconds.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from dataclasses import dataclass
 
 import torch
-import transformers
 
+from machine import describe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import layer_widths, training_flops
 
@@ -69,9 +68,7 @@ def main() -> None:
             "times_dense": median / dense,
         }
         print(f"{variant.name:<22}{1000 * median:>9.1f} ms {median / dense:>6.2f} x dense")
-    machine = {"platform": platform.platform(), "torch": torch.__version__, "transformers": transformers.__version__}
-    machine |= {"device": arguments.device, "threads": str(torch.get_num_threads())}
-    print(json.dumps({"settings": vars(arguments), "machine": machine, "variants": rows}))
+    print(json.dumps({"settings": vars(arguments), "machine": describe(arguments.device), "variants": rows}))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -200,8 +200,8 @@ def _shape(layers: int, hidden: int, heads: int, forks: list[int], tokens: int =
 
 @_preset("nano")
 def _nano() -> dict[str, Any]:
-    """4 layers x 128, for tests and a first look: 1,318,912 parameters (vocabulary 4,096)."""
-    return {"vocab_size": 4096, **_shape(4, 128, 4, [1, 2], 512)}
+    """6 layers x 128, the shape of `make demo`: 1,453,952 parameters (vocabulary 2,048)."""
+    return {"vocab_size": 2048, **_shape(6, 128, 4, [1, 2, 4], 512)}
 
 
 @_preset("micro")
