@@ -761,6 +761,6 @@ def test_beam_search_runs_without_a_cache() -> None:
 
 
 def test_a_model_built_from_a_preset_runs() -> None:
-    model = random_model(ThoughtbubblesConfig.preset("nano", vocab_size=VOCAB, num_hidden_layers=3))
+    model = random_model(ThoughtbubblesConfig.preset("nano", vocab_size=VOCAB, num_hidden_layers=5))
     out = model(random_ids(1, 5), budget=Fraction(3, 2), output_streams=True)
     assert out.streams[-1].token.shape == (1, 7)
