@@ -209,3 +209,20 @@ def test_fused_kernel_agrees_with_the_unfused_one() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         unfused = attenuated_attention(q, k, v, log_score, "paper")
     assert torch.allclose(fused, unfused, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths_that_gpus_want_change_no_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, log_score = random_inputs(9, dtype=dtype)
+    plain = attenuated_attention(q, k, v, log_score, "paper")
+    widths: list[int] = []
+    fused = F.scaled_dot_product_attention
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+        widths.extend(x.shape[-1] for x in (q, k, v))
+        return fused(q, k, v, **arguments)
+
+    monkeypatch.setattr("thoughtbubbles.attention._width_multiple", lambda device: 8)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    assert torch.allclose(attenuated_attention(q, k, v, log_score, "paper"), plain, atol=1e-6, rtol=0)
+    assert widths == [16, 16, 16]

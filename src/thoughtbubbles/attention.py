@@ -71,9 +71,16 @@ def _attenuate(
         return q, torch.cat([k[..., :-1], bias], dim=-1), v
     channels = _bias_channels(log_score / scale, k)
     width = channels.shape[-1]
-    q = torch.cat([q, torch.ones_like(q[..., :width])], dim=-1)
     # The fused kernels want values as wide as keys.
-    return q, torch.cat([k, channels], dim=-1), F.pad(v, (0, width))
+    spare = -(k.shape[-1] + width) % _width_multiple(k.device)
+    q = F.pad(torch.cat([q, torch.ones_like(q[..., :width])], dim=-1), (0, spare))
+    k = F.pad(torch.cat([k, channels], dim=-1), (0, spare))
+    return q, k, F.pad(v, (0, width + spare))
+
+
+def _width_multiple(device: torch.device) -> int:
+    """What the fused kernels of a device want the width of a head to be a multiple of."""
+    return 8 if device.type == "cuda" else 1
 
 
 def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:

@@ -11,14 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -156,7 +149,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask)
         offset = self._open_cache(cache, kappa, given, columns)
         trail: list[Streams] = []
-        for streams in self._layers(self._embed(input_ids, inputs_embeds, columns, offset), kappa, cache):
+        for streams in self._layers(self._embed(given, columns, offset), kappa, cache):
             if want_hidden or output_streams:
                 trail.append(streams)
         weighted = self._merge_is_weighted(kappa)
@@ -230,18 +223,10 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             )
         return given
 
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        columns: ColumnMap | None,
-        offset: Tensor | None,
-    ) -> Streams:
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        if columns is not None:
-            given = columns.compact(given)
-        embeddings = self.embed_tokens(given) if inputs_embeds is None else given
+    def _embed(self, given: Tensor, columns: ColumnMap | None, offset: Tensor | None) -> Streams:
+        """The streams at the input, of ids [B, T] or embeddings [B, T, D]."""
+        given = given if columns is None else columns.compact(given)
+        embeddings = self.embed_tokens(given) if given.dim() == 2 else given
         return Streams.from_embeddings(self.dropout(embeddings), None if columns is None else columns.alive, offset)
 
     def _attenuation(self, streams: Streams, layer: int) -> tuple[Tensor | None, Tensor | None]:
