@@ -41,7 +41,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="micro", help="shape of the models; the issue's goals are for 150m")
+    parser.add_argument("--preset", default="micro", help="shape of the models")
     parser.add_argument("--budget", type=float, default=2.0, help="streams per token of ours")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048], help="tokens before the first step")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="rows decoded together")

@@ -83,12 +83,33 @@ class Placement:
     is_causal: bool
 
 
-class AttentionMemory:
+class _RowMemory:
+    """Buffers that share the lengths of their rows, one of them the ordinals of the entries' tokens."""
+
+    def __init__(self, token: RowBuffer, *others: RowBuffer) -> None:
+        self.token = token
+        self.buffers = (token, *others)
+        self.lengths: list[int] = []
+
+    def crop(self, tokens: Tensor) -> None:
+        """Forget the entries of ordinals from `tokens` [B] on; ordinals do not decrease along a row."""
+        if any(self.lengths):
+            ordinals = self.token.read(max(self.lengths))
+            self.lengths = ((ordinals < tokens[:, None]) & _valid(self.lengths, ordinals)).sum(1).tolist()
+
+    def select_rows(self, index: Tensor) -> None:
+        """As `RowBuffer.select_rows`."""
+        for buffer in self.buffers:
+            buffer.select_rows(index)
+        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
+
+
+class AttentionMemory(_RowMemory):
     """Keys and values of one attention layer, as they enter the product: rotated, with their scores applied."""
 
     def __init__(self) -> None:
-        self.keys, self.values, self.token = RowBuffer(2), RowBuffer(2), RowBuffer(1)
-        self.lengths: list[int] = []
+        self.keys, self.values = RowBuffer(2), RowBuffer(2)
+        super().__init__(RowBuffer(1), self.keys, self.values)
 
     def place(self, token: Tensor, counts: list[int]) -> Placement:
         """How a pass of new streams with ordinals [B, N], `counts` of them alive, meets what is kept."""
@@ -113,23 +134,13 @@ class AttentionMemory:
         self.lengths = [start + count for start, count in zip(starts, placement.counts, strict=True)]
         return self.keys.read(width), self.values.read(width)
 
-    def crop(self, tokens: Tensor) -> None:
-        """Forget the streams of ordinals from `tokens` [B] on."""
-        self.lengths = _lengths_below(self.token, self.lengths, tokens)
 
-    def select_rows(self, index: Tensor) -> None:
-        """As `RowBuffer.select_rows`."""
-        for buffer in (self.keys, self.values, self.token):
-            buffer.select_rows(index)
-        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
-
-
-class ForkMemory:
+class ForkMemory(_RowMemory):
     """What a fork layer must remember: the optional candidates so far, and which of them were admitted."""
 
     def __init__(self) -> None:
-        self.scores, self.token, self.admitted = RowBuffer(1), RowBuffer(1), RowBuffer(1)
-        self.lengths: list[int] = []
+        self.scores, self.admitted = RowBuffer(1), RowBuffer(1)
+        super().__init__(RowBuffer(1), self.scores, self.admitted)
 
     @property
     def past_scores(self) -> Tensor | None:
@@ -157,16 +168,6 @@ class ForkMemory:
             for buffer, values in ((self.scores, scores), (self.token, token), (self.admitted, admitted)):
                 buffer.write(values.gather(1, order), starts)
         self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-
-    def crop(self, tokens: Tensor) -> None:
-        """Forget the candidates of ordinals from `tokens` [B] on."""
-        self.lengths = _lengths_below(self.token, self.lengths, tokens)
-
-    def select_rows(self, index: Tensor) -> None:
-        """As `RowBuffer.select_rows`."""
-        for buffer in (self.scores, self.token, self.admitted):
-            buffer.select_rows(index)
-        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
 
 
 class StreamCache(Cache):
@@ -275,7 +276,7 @@ class StreamCache(Cache):
         for memory in self._memories():
             memory.select_rows(indices)
 
-    def _memories(self) -> list[AttentionMemory | ForkMemory]:
+    def _memories(self) -> list[_RowMemory]:
         return [*self.attention, *self.forks.values()]
 
     @property
@@ -296,8 +297,7 @@ class StreamCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        buffers = [b for m in self.attention for b in (m.keys, m.values, m.token)]
-        buffers += [b for m in self.forks.values() for b in (m.scores, m.token, m.admitted)]
+        buffers = (buffer for memory in self._memories() for buffer in memory.buffers)
         return sum(buffer.data.nbytes for buffer in buffers if buffer.data is not None)
 
     def __len__(self) -> int:
@@ -311,12 +311,3 @@ def _valid(lengths: list[int], values: Tensor) -> Tensor:
     """[B, S] bool: the entries before each row's end."""
     ends = torch.tensor(lengths, device=values.device)[:, None]
     return torch.arange(values.shape[1], device=values.device) < ends
-
-
-def _lengths_below(token: RowBuffer, lengths: list[int], tokens: Tensor) -> list[int]:
-    """The entries of each row whose ordinal is below `tokens` [B]; ordinals do not decrease along a row."""
-    if not any(lengths):
-        return lengths
-    ordinals = token.read(max(lengths))
-    kept: list[int] = ((ordinals < tokens[:, None]) & _valid(lengths, ordinals)).sum(1).tolist()
-    return kept

@@ -264,7 +264,3 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"thoughtbubbles: {error}", err=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
