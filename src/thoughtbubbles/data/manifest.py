@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.files import write_text
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -144,9 +145,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder, whole or not at all."""
-        partial = folder / f"{MANIFEST_NAME}.partial"
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(folder / MANIFEST_NAME)
+        write_text(folder / MANIFEST_NAME, self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

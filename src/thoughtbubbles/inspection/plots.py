@@ -11,6 +11,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from thoughtbubbles.files import replacing
 from thoughtbubbles.training.callbacks import read_metrics
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -108,6 +109,5 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
 
 
 def _save(figure: Figure, output: Path) -> None:
-    partial = output.with_name(f"{output.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(output)
+    with replacing(output) as partial:
+        figure.savefig(partial, dpi=150, format="png")

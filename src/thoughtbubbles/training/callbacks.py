@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from thoughtbubbles.files import write_text
+
 
 class MetricsWriter(TrainerCallback):
     """Appends one JSON object a line: training rows and evaluation rows.
@@ -33,9 +35,7 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Drop the rows of steps that an interrupted run took after its last checkpoint."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.first_step = state.global_step
         self._mark = time.perf_counter()
         self._window = (state.global_step, 0.0)

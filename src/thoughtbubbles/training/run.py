@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from thoughtbubbles.accounting import count_parameters, training_flops
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.data import PreparedData, load_prepared
+from thoughtbubbles.files import replacing, write_text
 from thoughtbubbles.modeling import IGNORE_INDEX, ThoughtbubblesForCausalLM
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay
 from thoughtbubbles.training.recipe import Recipe, RecipeError, TrainingSection
@@ -58,9 +58,7 @@ class RunSummary:
 
     def write(self, folder: Path) -> None:
         """Write summary.json, whole or not at all."""
-        partial = folder / f"{SUMMARY_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / SUMMARY_NAME)
+        write_text(folder / SUMMARY_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "RunSummary":
@@ -150,9 +148,7 @@ def _open_output(recipe: Recipe, output: Path, resume: bool) -> bool:
         if output.exists() and any(output.iterdir()):
             raise RecipeError(f"training.output={output}: expected an empty or new folder, or that of a run to resume")
         output.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(".partial")
-        partial.write_text(recipe.to_yaml(), encoding="utf-8")
-        partial.replace(stored)
+        write_text(stored, recipe.to_yaml())
         return True
     if not resume:
         raise RecipeError(f"training.output={output} holds a run: resume it with --resume, or choose another folder")
@@ -254,13 +250,9 @@ def collate_blocks(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _save_model(trainer: Trainer, output: Path) -> None:
-    partial = output / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))
-    if trainer.is_world_process_zero():
+    with replacing(output / "model") as partial:
+        trainer.save_model(str(partial))
         (partial / "training_args.bin").unlink(missing_ok=True)
-        shutil.rmtree(output / "model", ignore_errors=True)
-        partial.replace(output / "model")
 
 
 def _summarise(config: ThoughtbubblesConfig, trainer: Trainer, blocks: "Dataset", metrics: MetricsWriter) -> RunSummary:
