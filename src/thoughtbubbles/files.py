@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A process killed in between leaves `path` as it was or, at worst where a folder replaces a folder, absent with
     the old one beside it.
     """
-    partial, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
+    partial, old = partial_path(path), path.with_name(f".{path.name}.old")
     _remove(partial)
     try:
         yield partial
@@ -35,6 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.replace(path)
     flush_entry(path.parent)
     _remove(old)
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name under which `replacing` has `path` written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def flush(path: Path) -> None:
@@ -59,3 +65,28 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_user(path: Path) -> Iterator[bool]:
+    """Lock the file `path` while the block runs; False if another process holds it.
+
+    The lock goes with the process, however it ends. Where the platform or the file system has no locks, True.
+    """
+    with path.open("ab") as file:
+        yield lock(file)
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False if another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

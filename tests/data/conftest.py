@@ -1,7 +1,10 @@
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
@@ -42,4 +45,21 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
     """A small tokenizer, as a user would bring one."""
     folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
     save_tokenizer(train_tokenizer(texts, 300), folder)
+    return folder
+
+
+def hub_folder(folder: Path, parts: dict[tuple[str, str, int], list[str | None]], field: str) -> Path:
+    """A folder laid out like a dataset of the hub: a parquet file for each configuration, split and number."""
+    folder.mkdir(parents=True)
+    configs: dict[str, dict[str, list[str]]] = {}
+    for (config, split, number), texts in parts.items():
+        file = f"{config}-{split}-{number}.parquet"
+        table = pa.table({field: pa.array(texts, pa.string()), "number": range(len(texts))})
+        pq.write_table(table, folder / file, row_group_size=3)
+        configs.setdefault(config, {}).setdefault(split, []).append(file)
+    described = [
+        {"config_name": config, "data_files": [{"split": split, "path": files} for split, files in splits.items()]}
+        for config, splits in configs.items()
+    ]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n")
     return folder

@@ -18,9 +18,9 @@ class Blocks:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
         self.reads.append(rows)
-        return {"input_ids": torch.tensor(rows)[:, None]}
+        return [{"input_ids": torch.tensor([row])} for row in rows]
 
 
 def places(sizes: list[int], weights: list[float], length: int, seed: int = 0) -> list[Place]:

@@ -1,11 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ from datasets.utils import are_progress_bars_disabled
 from transformers import AutoTokenizer
 
 from tests.data.conftest import make_texts, write_folder
-from thoughtbubbles.data import DataError, Manifest, PreparedData, load_prepared, preparation
+from thoughtbubbles.data import DataError, Manifest, PreparedData, UnfinishedError, load_prepared, run, survey
 from thoughtbubbles.data import prepare as prepare_with_bars
-from thoughtbubbles.data.corpora import read_documents, resolve_source
+from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.manifest import FORMAT_VERSION
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -79,6 +76,15 @@ def test_loaded_blocks_are_int64_tensors(tmp_path: Path, corpus: str) -> None:
     assert prepared.train.features["input_ids"].feature.dtype == "uint16"
     assert len(prepared.train) == manifest.train.blocks
     assert AutoTokenizer.from_pretrained(str(tmp_path / "out" / "tokenizer")).eos_token_id == 0
+
+
+def test_vocabulary_beyond_32_bits_is_refused(tmp_path: Path, corpus: str, tokenizer_folder: Path) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "huge")
+    definition = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["e"] = 3_000_000_000
+    (tmp_path / "huge" / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(DataError, match="the tokenizer has ids up to 3000000000: expected at most 2147483647"):
+        prepare(tmp_path / "out", [corpus], tokenizer=str(tmp_path / "huge"))
 
 
 def test_large_vocabulary_is_stored_as_int32(tmp_path: Path, corpus: str, tokenizer_folder: Path) -> None:
@@ -183,7 +189,7 @@ def test_tokenizer_learns_from_a_sample_of_the_training_documents(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(tmp_path / "whole", [corpus])
-    monkeypatch.setattr(preparation, "TOKENIZER_TRAINING_BYTES", 5000)
+    monkeypatch.setattr(survey, "TOKENIZER_TRAINING_BYTES", 5000)
     part = prepare(tmp_path / "part", [corpus])
     assert part.tokenizer.trained_bytes is not None
     assert part.tokenizer.trained_documents is not None
@@ -206,7 +212,7 @@ def test_same_options_reuse_the_folder(
 ) -> None:
     first = prepare(tmp_path / "out", [corpus])
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(preparation, "read_documents", None)
+    monkeypatch.setattr(run, "open_documents", None)
     assert prepare(tmp_path / "out", [corpus], num_proc=2, overwrite=True, progress=True) == first
     assert "already prepared" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
@@ -257,25 +263,6 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path, corpus:
         assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize(
-    "step", ["save_tokenizer", "train_tokenizer", "pack", "_save_blocks", "tokenizer_hash", "_publish"]
-)
-def test_interruption_leaves_nothing(
-    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    first = prepare(tmp_path / "old", [corpus])
-    monkeypatch.setattr(preparation, step, fail)
-    for output in ("new", "old"):
-        with pytest.raises(error):
-            prepare(tmp_path / output, [corpus], seed=1, overwrite=True)
-    assert leftovers(tmp_path) == ["corpus", "old"]
-    assert load_prepared(tmp_path / "old").manifest == first
-
-
 def test_failed_renaming_brings_the_old_folder_back(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,47 +270,17 @@ def test_failed_renaming_brings_the_old_folder_back(
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
+        if path.name == "result":
             raise OSError("no")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(UnfinishedError, match=r"output .*out cannot be written: no; what is done stays in .*partial"):
         prepare(tmp_path / "out", [corpus], seed=1, overwrite=True)
-    assert leftovers(tmp_path) == ["corpus", "out"]
     assert load_prepared(tmp_path / "out").manifest == first
-
-
-def test_control_c_leaves_nothing(tmp_path: Path) -> None:
-    write_folder(tmp_path / "large", make_texts(50) * 100)
-    code = f"from thoughtbubbles.data import prepare; prepare({str(tmp_path / 'out')!r}, [{str(tmp_path / 'large')!r}])"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-    while not list(tmp_path.glob(".out.*/tokens.partial")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert b"KeyboardInterrupt" in errors
-    assert leftovers(tmp_path) == ["large"]
-
-
-def test_source_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = read_documents
-    passes = 0
-
-    def read_less(*arguments: Any) -> Iterator[str | None]:
-        nonlocal passes
-        passes += 1
-        found = list(read(*arguments))
-        return iter(found if passes == 1 else found[:-1])
-
-    monkeypatch.setattr(preparation, "read_documents", read_less)
-    with pytest.raises(DataError, match="a source changed while it was read: prepare again"):
-        prepare(tmp_path / "out", [corpus])
-    assert leftovers(tmp_path) == ["corpus"]
+    monkeypatch.undo()
+    assert prepare(tmp_path / "out", [corpus], seed=1, overwrite=True).seed == 1
+    assert leftovers(tmp_path) == ["corpus", "out"]
 
 
 @pytest.mark.parametrize(
@@ -335,33 +292,50 @@ def test_source_that_changes_while_it_is_read_is_refused(
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0: expected more than 0 and less than 1"),
         ({"num_proc": 0}, "num_proc is 0: expected at least 1"),
         ({"sources": []}, "sources is empty: expected at least one name"),
-        ({"sources": "python-stdlib"}, "sources is the string 'python-stdlib': expected a list of names"),
-        ({"validation": "x"}, "validation is the string 'x': expected a list of names"),
+        ({"sources": "python-stdlib"}, "sources is 'python-stdlib': expected a list of names"),
+        ({"validation": "x"}, "validation is 'x': expected a list of names"),
+        ({"validation": {"hub": "x"}}, "validation is {'hub': 'x'}: expected a list of names"),
+        ({"limit_tokens": 0}, "limit_tokens is 0: expected at least 1"),
+        ({"sources": ["python-stdlib", "python-stdlib"]}, "is in both, expected each once"),
+        ({"validation": ["python-stdlib", "python-stdlib"]}, "is in both, expected each once"),
+        ({"sources": ["hf:a/b"]}, "source 'hf:a/b' is streamed and would be read twice .* expected --tokenizer, or"),
+        ({"validation": ["hf:a/b"]}, "source 'hf:a/b' is streamed and would be read twice"),
+        ({"sources": ["hf:a/b?streaming=false"]}, "source 'hf:a/b.streaming=false' cannot be loaded: "),
+        ({"text_field": "x", "sources": ["{rows}"]}, "rows.jsonl, line 1 has no field 'x': it has 'text'"),
         ({"sources": ["no/such"]}, "source 'no/such' does not exist"),
         ({"validation": ["no/such"]}, "source 'no/such' does not exist"),
-        ({"tokenizer": "no/such"}, "tokenizer 'no/such' is not a folder"),
-        ({"tokenizer": ""}, "tokenizer '' cannot be loaded|tokenizer '' is not a folder"),
+        ({"tokenizer": "no/such"}, "tokenizer 'no/such' cannot be loaded by AutoTokenizer"),
+        ({"tokenizer": ""}, "tokenizer '' is not a folder"),
+        ({"tokenizer": "a/b/c"}, "tokenizer 'a/b/c' is not a folder, and no name of a tokenizer on the hub"),
         ({"block_size": 100_000}, r"train has [\d]+ tokens in 24 documents, too few for one block of 100000"),
         ({"block_size": 10_000}, r"validation has \d+ tokens in 6 documents, too few for one block of 10000"),
     ],
     ids=str,
 )
 def test_bad_options_are_refused(tmp_path: Path, corpus: str, options: dict[str, Any], message: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}')
+    if options.get("sources") == ["{rows}"]:
+        options = {**options, "sources": [str(rows)]}
     with pytest.raises(DataError, match=message) as caught:
         prepare(tmp_path / "out", **{"sources": [corpus], **options})
     assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == ["corpus"]
+    assert leftovers(tmp_path) == ["corpus", "rows.jsonl"]
 
 
-def test_too_few_documents_are_refused(tmp_path: Path, texts: list[str]) -> None:
+def test_too_few_documents_are_refused(tmp_path: Path, texts: list[str], tokenizer_folder: Path) -> None:
     one = str(write_folder(tmp_path / "one", [texts[0], texts[0]]))
     with pytest.raises(DataError, match="no documents are left to train on: the sources hold 1 different documents"):
         prepare(tmp_path / "out", [one])
     with pytest.raises(DataError, match="no documents are left to train on"):
         prepare(tmp_path / "out", [one], validation=[one])
     empty = str(write_folder(tmp_path / "empty", ["", ""]))
-    with pytest.raises(DataError, match=r"source '.*empty' has no documents: 2 were skipped"):
-        prepare(tmp_path / "out", [one, empty])
+    for options in ({}, {"tokenizer": str(tokenizer_folder)}):
+        with pytest.raises(DataError, match=r"source '.*empty' has no documents: 2 were skipped"):
+            prepare(tmp_path / "out", [one, empty], **options)
+        with pytest.raises(DataError, match=r"source '.*empty' has no documents: 2 were skipped"):
+            prepare(tmp_path / "out", [one], validation=[empty], **options)
+    assert leftovers(tmp_path) == ["empty", "one"]
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path: Path, corpus: str) -> None:
@@ -451,8 +425,8 @@ def test_another_tokenizer_does_not_load(out: Path) -> None:
         ("{", r"manifest.json: not a manifest of prepared data"),
         ("[]", r"manifest.json: not a manifest of prepared data"),
         ("{}", r"manifest.json: not a manifest of prepared data"),
-        ('{"format_version": 99}', r"manifest.json: format_version is 99, expected 1: prepare the data again"),
-        ('{"format_version": 1}', r"manifest.json: a broken manifest of prepared data"),
+        ('{"format_version": 99}', r"manifest.json: format_version is 99, expected 2: prepare the data again"),
+        ('{"format_version": 2}', r"manifest.json: a broken manifest of prepared data"),
     ],
 )
 def test_broken_manifests_do_not_load(out: Path, text: str, message: str) -> None:

@@ -1,7 +1,17 @@
-"""The one error that the data path raises for bad input."""
+"""The errors that the data path raises for bad input and for work that could not be finished."""
 
 from thoughtbubbles.errors import InputError
 
 
 class DataError(InputError):
     """Bad input to the data path: one line that names the value and what was expected."""
+
+
+class UnfinishedError(DataError):
+    """Work that something outside it stopped (network, disk): what is done stays, and the same call goes on."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of an error, in one line and without its advice."""
+    text = str(error).partition("Example of usage")[0]
+    return " ".join(text.split()) or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.files import write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PACKING = (
     "documents, each after the end-of-text token, are concatenated and cut into blocks; "
@@ -22,19 +22,37 @@ class SourceRecord:
 
     Attributes:
         name: as the user wrote it.
-        kind: `python-stdlib`, `text`, `parquet`, `jsonl` or several joined by `+`.
-        files: files read.
-        documents: documents read.
+        kind: `python-stdlib`, `text`, `parquet`, `jsonl` or several joined by `+`, or `hub`.
+        files: files read; None for a dataset of the hub.
+        field: of its rows that holds the text; None where there are only text files.
+        config: of a dataset of the hub, None if none was named; so are the four that follow.
+        split: of it.
+        revision: of it.
+        commit: at which the hub had it; None also if the hub did not say.
+        streaming: whether it was read without a download.
+        documents: documents kept.
         bytes: of their text in UTF-8.
+        tokens: of theirs, separators included.
         skipped: documents left out because they are empty or not UTF-8.
+        limit_tokens: the reading stopped with the document that reached so many tokens; None is no limit.
+        reached_limit: whether it came to that.
     """
 
     name: str
     kind: str
-    files: int
+    files: int | None
+    field: str | None
+    config: str | None
+    split: str | None
+    revision: str | None
+    commit: str | None
+    streaming: bool | None
     documents: int
     bytes: int
+    tokens: int
     skipped: int
+    limit_tokens: int | None
+    reached_limit: bool
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class TokenizerRecord:
     """The tokenizer saved with the data.
 
     Attributes:
-        name: the folder that it came from, or `trained`.
+        name: the folder or the name on the hub that it came from, or `trained`.
         sha256: of its tokenizer.json, in hexadecimal.
         eos_token: the end-of-text token, which stands before each document.
         eos_token_id: its id.
@@ -83,7 +101,7 @@ class Manifest:
 
     Attributes:
         format_version: of the folder's layout.
-        fingerprint: sha256 of the options and of the sources' paths, sizes and times.
+        fingerprint: sha256 of the options, of files' paths, sizes and times, and of hub datasets' names.
         sources: what was read.
         validation_sources: what was read for validation alone; empty if validation was held out of `sources`.
         text_field: the field of parquet and jsonl rows.

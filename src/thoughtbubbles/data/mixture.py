@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.data.packing import draw
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from thoughtbubbles.data.splitting import draw
 
 Indices = npt.NDArray[np.int64]
 
@@ -28,6 +25,14 @@ class Place:
     block: int
 
 
+class Corpus(Protocol):
+    """Blocks to draw from, as a `datasets.Dataset` holds them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, keys: list[int]) -> list[Any]: ...
+
+
 class BlockMixture:
     """The training samples of a run in their order, mixed from corpora by weight (a map-style dataset).
 
@@ -37,13 +42,13 @@ class BlockMixture:
     comes again, and each time round in another order.
 
     Args:
-        corpora: blocks of each corpus, a dataset of rows {"input_ids"}.
+        corpora: blocks of each corpus.
         weights: shares of the samples, in any unit.
         seed: of the order.
         length: samples of the whole run.
     """
 
-    def __init__(self, corpora: Sequence["Dataset"], weights: Sequence[float], seed: int, length: int) -> None:
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], seed: int, length: int) -> None:
         self._corpora = list(corpora)
         self._seed = seed
         self._length = length
@@ -63,9 +68,9 @@ class BlockMixture:
         for corpus, blocks in enumerate(self._corpora):
             ours = [number for number, place in enumerate(places) if place.corpus == corpus]
             if ours:
-                rows = blocks[[places[number].block for number in ours]]
-                for row, number in enumerate(ours):
-                    found[number] = {name: column[row] for name, column in rows.items()}
+                rows = blocks.__getitems__([places[number].block for number in ours])
+                for row, number in zip(rows, ours, strict=True):
+                    found[number] = row
         return found
 
     def place(self, index: int) -> Place:
@@ -118,7 +123,7 @@ def _quotas(weights: Sequence[float]) -> Indices:
     """Samples of each corpus in a round: proportional, at least one, the largest remainders rounded up."""
     shares = np.asarray(weights, dtype=np.float64)
     exact = shares / shares.sum() * ROUND
-    quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
+    quotas: Indices = np.maximum(np.floor(exact), 1).astype(np.int64)
     while (missing := ROUND - int(quotas.sum())) != 0:
         # Too many only where tiny weights were raised to one sample each: the largest gives way.
         place = int(np.argmax(exact - quotas)) if missing > 0 else int(np.argmax(quotas))

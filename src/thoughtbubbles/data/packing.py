@@ -1,7 +1,6 @@
-"""Packing: which document is held out, in which order documents follow, and the blocks that they fill."""
+"""Packing: documents, one after another, become blocks of tokens."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,74 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.splitting import Indices
 
 TokenArray = npt.NDArray[np.integer[Any]]
-
-
-def draw(seed: int, purpose: str, value: bytes) -> bytes:
-    """A uniform random key that depends on its arguments alone: no process, platform or library version."""
-    return hashlib.blake2b(f"{seed}/{purpose}/".encode() + value, digest_size=16).digest()
-
-
-def hold_out(digests: Sequence[bytes], fraction: float, seed: int) -> list[int]:
-    """Choose the validation documents.
-
-    The choice is made by content: documents of equal text fall on the same side, so no validation text is trained
-    on, and adding documents moves few of the others.
-
-    Args:
-        digests: a digest of each document's text.
-        fraction: of the documents, at least one of which is chosen.
-
-    Returns:
-        Ascending indices of the validation documents.
-    """
-    keys = [draw(seed, "validation", digest) for digest in digests]
-    greatest = sorted(keys)[max(1, round(fraction * len(keys))) - 1]
-    return [index for index, key in enumerate(keys) if key <= greatest]
-
-
-def shuffled(indices: Iterable[int], seed: int) -> list[int]:
-    """Document indices in an order that depends on the seed and the indices alone."""
-    return sorted(indices, key=lambda index: draw(seed, "order", str(index).encode()))
+Lengths = npt.NDArray[np.int64]
 
 
 def token_type(vocab_size: int) -> "np.dtype[Any]":
-    """The smaller of uint16 and int32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    """The smaller of uint16 and int32 that holds every token id.
 
-
-class TokenStore:
-    """The tokens of documents in a file: written in document order inside `with`, then read in any order.
-
-    Args:
-        path: the file to write.
-        documents: how many documents there are.
-        dtype: of the tokens on disk.
+    Raises:
+        DataError: neither does.
     """
-
-    def __init__(self, path: Path, documents: int, dtype: "np.dtype[Any]") -> None:
-        self._path = path
-        self._dtype = dtype
-        self._lengths = np.zeros(documents, dtype=np.int64)
-
-    def __enter__(self) -> "TokenStore":
-        self._file = self._path.open("wb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._tokens = read_array(self._path, self._dtype)
-        self._ends = np.cumsum(self._lengths)
-
-    def append(self, document: int, tokens: TokenArray) -> None:
-        """Append the next tokens of a document, never of one before the last one appended to."""
-        self._file.write(tokens.astype(self._dtype).tobytes())
-        self._lengths[document] += len(tokens)
-
-    def document(self, index: int) -> TokenArray:
-        """The tokens of a document, once the writing has ended."""
-        return self._tokens[self._ends[index] - self._lengths[index] : self._ends[index]]
+    if vocab_size > 1 << 31:
+        raise DataError(f"the tokenizer has ids up to {vocab_size - 1}: expected at most {(1 << 31) - 1}")
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 @dataclass(frozen=True)
@@ -95,16 +41,28 @@ class Packed:
     dropped: int
 
 
-def pack(store: TokenStore, order: Sequence[int], separator: int, block_size: int, path: Path, split: str) -> Packed:
+def pack(
+    shards: Iterable[TokenArray],
+    lengths: Lengths,
+    order: Indices,
+    separator: int,
+    dtype: "np.dtype[Any]",
+    block_size: int,
+    path: Path,
+    split: str,
+) -> Packed:
     """Concatenate documents, each after the separator, and cut the result into blocks.
 
-    Blocks take no notice of document borders: attention and routing credit cross them inside a block.
+    Blocks take no notice of document borders: attention and routing credit cross them inside a block. The documents
+    are read in the order in which they are stored and written each to its place, so that every shard is opened once.
 
     Args:
-        store: holds the documents.
+        shards: arrays that together hold the tokens of all documents, none of which lies in two.
+        lengths: tokens of each document.
         order: the documents to pack, in this order.
         separator: the end-of-text token, which stands before each document, so that a first word has a token to be
             predicted from.
+        dtype: of the tokens.
         block_size: tokens a block.
         path: the file to write.
         split: the split's name, for the error.
@@ -112,21 +70,34 @@ def pack(store: TokenStore, order: Sequence[int], separator: int, block_size: in
     Raises:
         DataError: not enough tokens for one block.
     """
-    dtype = store.document(order[0]).dtype
-    mark = np.array([separator], dtype=dtype).tobytes()
-    with path.open("wb") as file:
-        for index in order:
-            file.write(mark)
-            file.write(store.document(index).tobytes())
-        tokens = file.tell() // dtype.itemsize
+    ends = np.cumsum(lengths[order] + 1)
+    tokens = int(ends[-1]) if len(order) else 0
     count, dropped = divmod(tokens, block_size)
     if count == 0:
         raise DataError(
             f"{split} has {tokens} tokens in {len(order)} documents, too few for one block of {block_size}: "
             "expected more text or a smaller block_size"
         )
+    places = np.full(len(lengths), -1, dtype=np.int64)
+    places[order] = ends - lengths[order] - 1
+    mark = np.array([separator], dtype=dtype)
+    _write_documents(shards, lengths, places, mark, path)
     blocks = read_array(path, dtype)[: count * block_size].reshape(count, block_size)
     return Packed(blocks, tokens, dropped)
+
+
+def _write_documents(
+    shards: Iterable[TokenArray], lengths: Lengths, places: Indices, mark: TokenArray, path: Path
+) -> None:
+    document = 0
+    with path.open("wb") as file:
+        for tokens in shards:
+            start = 0
+            while document < len(lengths) and (end := start + int(lengths[document])) <= len(tokens):
+                if places[document] >= 0:
+                    file.seek(int(places[document]) * mark.itemsize)
+                    file.write(mark.tobytes() + tokens[start:end].tobytes())
+                document, start = document + 1, end
 
 
 def read_array(path: Path, dtype: "np.dtype[Any]") -> TokenArray:

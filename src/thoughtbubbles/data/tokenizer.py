@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One token a byte, and the end of text.
 MIN_VOCAB_SIZE = 257
 
@@ -67,25 +68,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer from a folder that AutoTokenizer reads; no network.
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
+    """Load a tokenizer from a folder that AutoTokenizer reads, or else by its name on the Hugging Face hub.
+
+    Args:
+        name: a folder, which is read without the network, or a name such as `openai-community/gpt2`.
 
     Raises:
-        DataError: no such folder, not a tokenizer, a slow one, or one without an end-of-text (eos) token.
+        DataError: neither, not a tokenizer, a slow one, or one without an end-of-text (eos) token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not Path(folder).is_dir():
-        raise DataError(f"tokenizer {str(folder)!r} is not a folder: expected one that AutoTokenizer can load")
+    local = str(name) != "" and Path(name).expanduser().is_dir()
+    if not local and not HUB_NAME.fullmatch(str(name)):
+        raise DataError(f"tokenizer {str(name)!r} is not a folder, and no name of a tokenizer on the hub")
+    place = Path(name).expanduser() if local else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything, the bare Exception included
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"tokenizer {str(folder)!r} cannot be loaded by AutoTokenizer: {reason}") from error
+        where = "" if local else " (no such folder; taken for a name on the hub)"
+        raise DataError(f"tokenizer {str(name)!r} cannot be loaded by AutoTokenizer{where}: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise DataError(f"tokenizer {str(folder)!r} is a slow one: expected one with a tokenizer.json")
+        raise DataError(f"tokenizer {str(name)!r} is a slow one: expected one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise DataError(f"tokenizer {str(folder)!r} has no eos token: expected one, to separate documents")
+        raise DataError(f"tokenizer {str(name)!r} has no eos token: expected one, to separate documents")
     return tokenizer
 
 
@@ -111,7 +118,10 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def cut_at_spaces(text: str) -> Iterator[str]:
-    """Cut a text into pieces of about `PIECE_CHARACTERS`, each but the first starting with white space."""
+    """Cut a text into pieces of about `PIECE_CHARACTERS`, none empty, each but the first starting with white space.
+
+    Of an empty text there is one piece, which is empty too.
+    """
     start = 0
     while cut := CUT.search(text, start + PIECE_CHARACTERS):
         yield text[start : cut.end()]
@@ -127,11 +137,16 @@ class EncodedPiece:
         document: its key.
         tokens: the token ids.
         bytes: of the text in UTF-8.
+        ends: whether the document ends with it.
     """
 
     document: int
     tokens: Tokens
     bytes: int
+    ends: bool
+
+
+Piece = tuple[int, str, bool]
 
 
 class Encoder:
@@ -168,16 +183,18 @@ class Encoder:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _pieces(self, documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    def _pieces(self, documents: Iterable[tuple[int, str]]) -> Iterator[Piece]:
         for key, text in documents:
+            left = len(text)
             for piece in cut_at_spaces(text) if self._cuts else (text,):
-                yield key, piece
+                left -= len(piece)
+                yield key, piece, left == 0
 
-    def _encode_batch(self, batch: list[tuple[int, str]]) -> list[EncodedPiece]:
-        encodings = self._backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+    def _encode_batch(self, batch: list[Piece]) -> list[EncodedPiece]:
+        encodings = self._backend.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
         return [
-            EncodedPiece(document, np.array(encoding.ids, dtype=np.uint32), len(text.encode()))
-            for (document, text), encoding in zip(batch, encodings, strict=True)
+            EncodedPiece(document, np.array(encoding.ids, dtype=np.uint32), len(text.encode()), ends)
+            for (document, text, ends), encoding in zip(batch, encodings, strict=True)
         ]
 
 
@@ -202,8 +219,8 @@ def allows_cuts(tokenizer_json: dict[str, Any]) -> bool:
             return False
 
 
-def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)

@@ -1,0 +1,242 @@
+"""The run of a preparation: survey, training of a tokenizer, tokenising, packing, one step after another."""
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thoughtbubbles.data.corpora import PYTHON_STDLIB, FileSource, Source
+from thoughtbubbles.data.hub import HubSource, newest_commit, quiet_datasets
+from thoughtbubbles.data.job import Job
+from thoughtbubbles.data.manifest import (
+    FORMAT_VERSION,
+    PACKING,
+    Manifest,
+    SourceRecord,
+    SplitRecord,
+    TokenizerRecord,
+)
+from thoughtbubbles.data.packing import Packed, pack, token_type
+from thoughtbubbles.data.reading import Reader, open_documents
+from thoughtbubbles.data.shards import Reading, ShardStore
+from thoughtbubbles.data.splitting import Documents, Indices, split_documents
+from thoughtbubbles.data.survey import Sample, Survey, read_sample, survey_sources, train_on_sample
+from thoughtbubbles.data.tokenising import Tokeniser
+from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
+from thoughtbubbles.data.workfolder import RESULT, SHARDS, SURVEY, fresh, has_work
+from thoughtbubbles.files import write_text
+from thoughtbubbles.progress import say, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Whose versions the manifest names, beside python's.
+LIBRARIES = ("datasets", "tokenizers", "transformers")
+TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job at work in its folder, where every step that is done is found and not done again.
+
+    Attributes:
+        job: what to do.
+        fingerprint: for the manifest.
+        work: the work folder.
+        threads: that tokenise.
+        progress: show bars and lines.
+    """
+
+    job: Job
+    fingerprint: str
+    work: Path
+    threads: int
+    progress: bool
+    _opened: dict[int, Reader] = field(default_factory=dict)
+
+    def manifest(self) -> Manifest:
+        """Take all steps; the result is in the work folder, and its manifest is returned.
+
+        Raises:
+            DataError: what the sources hold cannot be used.
+            UnfinishedError: a source cannot be read now.
+        """
+        if has_work(self.work):
+            say(f"{self.work} holds an earlier start: going on", self.progress)
+        survey, sample = self._survey(), None
+        if survey is not None:
+            sample = self._train_tokenizer(survey)
+        result = fresh(self.work / RESULT)
+        tokenizer = self._save_tokenizer(result / "tokenizer")
+        store = ShardStore(self.work / SHARDS, token_type(vocabulary_size(tokenizer)))
+        self._tokenise(store, tokenizer, survey)
+        manifest = self._pack(store, tokenizer, survey, sample)
+        manifest.write(result)
+        return manifest
+
+    def _readers(self, first: int = 0) -> dict[int, Reader]:
+        """The sources from number `first` on, opened before any is read: a wrong name shows at once."""
+        commits = self._commits()
+
+        def pinned(source: Source) -> Source:
+            commit = commits.get(source.name)
+            return replace(source, revision=commit) if isinstance(source, HubSource) and commit else source
+
+        for number, source in enumerate(self.job.everything):
+            if number >= first and number not in self._opened:
+                self._opened[number] = open_documents(pinned(source), self.job.text_field, self.progress)
+        return self._opened
+
+    def _commits(self) -> dict[str, str | None]:
+        """The commits of the hub's datasets at the first start: a later one would go on in another text."""
+        path = self.work / "commits.json"
+        if not path.exists():
+            hub = [source for source in self.job.everything if isinstance(source, HubSource)]
+            write_text(path, json.dumps({source.name: newest_commit(source) for source in hub}))
+        commits: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))
+        return commits
+
+    def _survey(self) -> Survey | None:
+        """The survey that the training of a tokenizer needs; None if one is given."""
+        if self.job.tokenizer is not None:
+            return None
+        survey = Survey.read(self.work / SURVEY)
+        if survey is None:
+            survey = survey_sources(self.job.everything, self._readers(), self.progress)
+            survey.write(self.work / SURVEY)
+        return survey
+
+    def _train_tokenizer(self, survey: Survey) -> Sample:
+        folder = self.work / TRAINED
+        sample = read_sample(folder)
+        if sample is None:
+            job = self.job
+            ours = sum(survey.counts[: len(job.sources)])
+            split = split_documents(survey.digests, ours, job.validation_fraction, job.seed)
+            sample = train_on_sample(survey, split.train, self._readers(), job.vocab_size, folder, self.progress)
+        return sample
+
+    def _save_tokenizer(self, folder: Path) -> "PreTrainedTokenizerFast":
+        if self.job.tokenizer is not None:
+            save_tokenizer(self.job.tokenizer, folder)
+            return self.job.tokenizer
+        shutil.copytree(self.work / TRAINED / "tokenizer", folder)
+        return load_tokenizer(folder)
+
+    def _tokenise(self, store: ShardStore, tokenizer: "PreTrainedTokenizerFast", survey: Survey | None) -> None:
+        sources = self.job.everything
+        found = sum(store.readings(len(sources)), Reading())
+        if found.documents:
+            say(f"found {found.documents:,} documents and {found.tokens:,} tokens of an earlier start", self.progress)
+        total = None if survey is None or self.job.limit_tokens else int(survey.sizes.sum())
+        readers = self._readers(store.place.source)
+        encoder = Encoder(tokenizer, self.threads)
+        with stage("Tokenising", total, self.progress) as bar:
+            bar.advance(found.bytes, "")
+            Tokeniser(store, sources, readers, encoder, self.job.limits, survey).run(bar)
+            found = sum(store.readings(len(sources)), Reading())
+            bar.show(f"{found.documents:,} documents, {found.tokens:,} tokens")
+
+    def _pack(
+        self,
+        store: ShardStore,
+        tokenizer: "PreTrainedTokenizerFast",
+        survey: Survey | None,
+        sample: Sample | None,
+    ) -> Manifest:
+        job, documents, readings = self.job, store.documents(), store.readings(len(self.job.everything))
+        commits = self._commits()
+        records = tuple(
+            _source_record(source, reading, limit, job.text_field, commits.get(source.name))
+            for source, reading, limit in zip(job.everything, readings, job.limits, strict=True)
+        )
+        split = split_documents(
+            documents["digest"],
+            sum(record.documents for record in records[: len(job.sources)]),
+            job.validation_fraction,
+            job.seed,
+            among=survey.digests if survey is not None and job.limit_tokens else None,
+        )
+        separator = int(tokenizer.eos_token_id)
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=self.fingerprint,
+            sources=records[: len(job.sources)],
+            validation_sources=records[len(job.sources) :],
+            text_field=job.text_field,
+            block_size=job.block_size,
+            validation_fraction=job.validation_fraction,
+            seed=job.seed,
+            vocab_size=vocabulary_size(tokenizer),
+            excluded_documents=len(documents) - len(split.train) - len(split.validation),
+            packing=PACKING,
+            tokenizer=_tokenizer_record(job.tokenizer_name, tokenizer, sample, self.work / RESULT / "tokenizer"),
+            train=self._pack_split("train", split.train, store, documents, separator),
+            validation=self._pack_split("validation", split.validation, store, documents, separator),
+            versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        )
+
+    def _pack_split(
+        self, name: str, order: Indices, store: ShardStore, documents: Documents, separator: int
+    ) -> SplitRecord:
+        path = self.work / f"{name}.tokens"
+        block_size = self.job.block_size
+        with stage(f"Packing {name}", 1, self.progress) as bar:
+            packed = pack(store.tokens(), documents["tokens"], order, separator, store.dtype, block_size, path, name)
+            _save_blocks(packed, self.work / RESULT / name, f"{self.fingerprint}-{name}")
+            bar.advance(1, "")
+            bar.show(f"{len(packed.blocks):,} blocks of {block_size}")
+        path.unlink()
+        size = int(documents["bytes"][order].sum())
+        return SplitRecord(len(order), size, packed.tokens, len(packed.blocks), packed.dropped)
+
+
+def _source_record(
+    source: Source, reading: Reading, limit: int | None, text_field: str, commit: str | None
+) -> SourceRecord:
+    hub = source if isinstance(source, HubSource) else None
+    has_rows = not set(source.kind.split("+")) <= {PYTHON_STDLIB, "text"}
+    return SourceRecord(
+        name=source.name,
+        kind=source.kind,
+        files=len(source.files) if isinstance(source, FileSource) else None,
+        field=(source.field or text_field) if has_rows else None,
+        config=hub.config if hub else None,
+        split=hub.split if hub else None,
+        revision=hub.revision if hub else None,
+        commit=commit,
+        streaming=hub.streaming if hub else None,
+        documents=reading.documents,
+        bytes=reading.bytes,
+        tokens=reading.tokens,
+        skipped=reading.skipped,
+        limit_tokens=limit,
+        reached_limit=reading.limited,
+    )
+
+
+def _tokenizer_record(
+    name: str | None, tokenizer: "PreTrainedTokenizerFast", sample: Sample | None, folder: Path
+) -> TokenizerRecord:
+    return TokenizerRecord(
+        name=TRAINED if name is None else name,
+        sha256=tokenizer_hash(folder),
+        eos_token=tokenizer.eos_token,
+        eos_token_id=tokenizer.eos_token_id,
+        trained_documents=None if sample is None else sample.documents,
+        trained_bytes=None if sample is None else sample.bytes,
+    )
+
+
+def _save_blocks(packed: Packed, folder: Path, fingerprint: str) -> None:
+    import pyarrow
+    from datasets import Dataset
+
+    # Built on the file's own memory: nothing is copied before it is written.
+    flat = pyarrow.array(packed.blocks.reshape(-1))
+    table = pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(flat, packed.blocks.shape[1])})
+    with quiet_datasets():
+        Dataset(table, fingerprint=fingerprint).save_to_disk(str(folder))
