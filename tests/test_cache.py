@@ -183,7 +183,7 @@ def test_assisted_decoding_and_prompt_lookup_are_greedy() -> None:
 
 
 def test_streamer_stop_strings_and_pipeline(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
+    from thoughtbubbles.loading import load_model, load_tokenizer
 
     model: Any = load_model(tiny_run, "cpu")
     tokenizer: Any = load_tokenizer(tiny_run)

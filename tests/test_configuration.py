@@ -34,6 +34,8 @@ WRONG: list[tuple[tuple[str, ...], list[Any], str]] = [
     (("budget",), [0.5, "abc", True, math.nan, math.inf, 2000, None], "a number of streams per token from 1 to 1024"),
     (("routing",), ["top-k", None, ["causal"]], "one of causal, topk, none"),
     (("attenuation",), ["p", None, ["paper"]], "one of paper, released, none"),
+    (("bos_token_id", "pad_token_id"), [50257, -2, True, "0", 1.0, [0]], "from 0 to 50256 (vocab_size - 1)"),
+    (("eos_token_id",), [50257, -1, True, "0", [0, 50257], [None]], "from 0 to 50256 (vocab_size - 1)"),
     (("merge",), ["sum", None, ["root"]], "one of residual, residual-normed, probability, root"),
 ]
 CASES = [
@@ -110,6 +112,23 @@ def test_default_fork_layers_are_valid_at_any_depth(layers: int) -> None:
 def test_routing_none_has_no_gates() -> None:
     assert ThoughtbubblesConfig(routing="none").gated_layers == ()
     assert ThoughtbubblesConfig(fork_layers=[2, 5]).gated_layers == (2, 5)
+
+
+@pytest.mark.parametrize("special", [{}, {"bos_token_id": 22, "eos_token_id": 0}, {"eos_token_id": [0, 22]}], ids=str)
+def test_special_tokens_of_the_vocabulary_are_kept(tmp_path: Path, special: dict[str, Any]) -> None:
+    ThoughtbubblesConfig(vocab_size=23, pad_token_id=7, **special).save_pretrained(tmp_path)
+    config = ThoughtbubblesConfig.from_pretrained(tmp_path)
+    assert config.pad_token_id == 7
+    assert {name: getattr(config, name) for name in special} == special
+
+
+def test_vocabulary_too_small_for_its_special_tokens() -> None:
+    with pytest.raises(ValueError, match=r"eos_token_id=50256: expected None or a token id from 0 to 1999"):
+        ThoughtbubblesConfig(vocab_size=2000, eos_token_id=50256)
+
+
+def test_padding_with_token_minus_one_is_none() -> None:
+    assert ThoughtbubblesConfig(pad_token_id=-1).pad_token_id is None
 
 
 def test_no_fork_layers_is_allowed() -> None:

@@ -535,6 +535,33 @@ def test_embeddings_in_place_of_ids(padding: str) -> None:
     assert torch.equal(out.loss, expected.loss)
 
 
+@pytest.mark.parametrize("merge", FACTORS["merge"])
+def test_gradients_reach_the_embeddings_as_they_reach_the_table(merge: str) -> None:
+    model, ids, mask = tiny_model(merge=merge, tie_word_embeddings=False), random_ids(2, 9), padding_mask("left", 2, 9)
+    assert mask is not None
+    table = model.get_input_embeddings().weight
+    embeddings = table.detach()[ids].requires_grad_()
+    model(inputs_embeds=embeddings, attention_mask=mask, labels=ids).loss.backward()
+    assert table.grad is None
+    assert embeddings.grad is not None
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    expected = torch.zeros_like(table).index_add(0, ids.flatten(), embeddings.grad.flatten(0, 1))
+    assert torch.allclose(table.grad, expected, rtol=0, atol=1e-6)
+    assert expected.abs().max() > 1e-3
+    assert not embeddings.grad[mask == 0].any()
+
+
+def test_embeddings_fill_and_continue_a_cache() -> None:
+    model, ids, mask = tiny_model(budget=1.5), random_ids(2, 9), padding_mask("left", 2, 9)
+    assert mask is not None
+    expected = model(ids, attention_mask=mask).logits
+    embeddings = model.get_input_embeddings()(ids).detach()
+    first = model(inputs_embeds=embeddings[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    rest = model(inputs_embeds=embeddings[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, rest.logits], dim=1)
+    assert torch.allclose(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4)
+
+
 def test_tuple_output() -> None:
     model, ids = tiny_model(), random_ids(2, 9)
     out = model(ids, labels=ids)
@@ -758,6 +785,53 @@ def test_beam_search_runs_without_a_cache() -> None:
     model = tiny_model(budget=1.5)
     generated = generate(model, random_ids(2, 5), 4, num_beams=3)
     assert generated.shape == (2, 9)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("routing", ["causal", "none"])
+def test_generation_from_embeddings(routing: str, beams: int, use_cache: bool) -> None:
+    model: Any = tiny_model(routing=routing, budget=1.5)
+    ids = random_ids(2, 7, seed=1)  # whose rows begin with two tokens that differ: equal ones tie
+    embeddings = model.get_input_embeddings()(ids).detach()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "use_cache": use_cache}
+    for padding in ({}, {"attention_mask": mask}):
+        expected = model.generate(ids, **padding, **arguments)
+        generated = model.generate(inputs_embeds=embeddings, **padding, **arguments)
+        assert torch.equal(generated, expected[:, 7:])
+        assert torch.equal(model.generate(ids, inputs_embeds=embeddings, **padding, **arguments), expected)
+
+
+def test_generation_reads_the_embeddings() -> None:
+    model: Any = tiny_model()
+    embeddings = model.get_input_embeddings()(random_ids(1, 7)).detach()
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    generated = [model.generate(inputs_embeds=e, **arguments) for e in (embeddings, embeddings.flip(2))]
+    assert not torch.equal(*generated)
+
+
+def test_budget_reaches_generation_from_embeddings() -> None:
+    model: Any = tiny_model()
+    ids = random_ids(1, 5)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    for budget in (1, 3.25):
+        generated = model.generate(inputs_embeds=embeddings, budget=budget, max_new_tokens=8, do_sample=False)
+        assert [*ids[0].tolist(), *generated[0].tolist()] == greedy(model, ids, 8, budget)
+
+
+def test_topk_generates_from_embeddings_with_a_cache_alone() -> None:
+    """transformers sets use_cache there without a word, which would change the routing."""
+    model: Any = tiny_model(routing="topk", budget=1.5)
+    ids = random_ids(1, 7)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    generated = model.generate(inputs_embeds=embeddings, **arguments)
+    assert torch.equal(generated, model.generate(ids, **arguments)[:, 7:])
+    for given in ({"inputs_embeds": embeddings}, {"inputs": ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="use_cache=False with inputs_embeds: expected input_ids"):
+            model.generate(**given, use_cache=False, **arguments)
 
 
 def test_a_model_built_from_a_preset_runs() -> None:

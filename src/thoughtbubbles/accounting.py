@@ -1,8 +1,8 @@
 """What a configuration costs: parameters and floating-point operations (Design 4)."""
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.routing import width_after_routing
+from .budget import Budget
+from .configuration import ThoughtbubblesConfig
+from .routing import width_after_routing
 
 
 def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> list[int]:

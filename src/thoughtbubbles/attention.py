@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thoughtbubbles.cache import AttentionMemory, Placement
-from thoughtbubbles.configuration import ThoughtbubblesConfig
+from .cache import AttentionMemory, Placement
+from .configuration import ThoughtbubblesConfig
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from thoughtbubbles.configuration import ThoughtbubblesConfig
+from .configuration import ThoughtbubblesConfig
 
 BLOCK = 128
 """Entries by which a row's memory grows."""

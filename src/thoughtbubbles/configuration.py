@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from thoughtbubbles.budget import Budget, parse_budget
+from .budget import Budget, parse_budget
 
 ROUTINGS = ("causal", "topk", "none")
 ATTENUATIONS = ("paper", "released", "none")
@@ -43,6 +43,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         attenuation: `paper`, `released` or `none` (Design 3.5).
         merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6).
         tie_word_embeddings: the unembedding is the embedding.
+        bos_token_id, eos_token_id, pad_token_id: token ids of the vocabulary, or None. eos_token_id may be several.
+            A pad_token_id of -1, which some configurations write for none, becomes None.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -92,6 +94,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         self._check_shape()
         self._check_numbers()
         self._check_rules()
+        self._check_special_tokens()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -154,6 +157,16 @@ class ThoughtbubblesConfig(PreTrainedConfig):
                 raise _invalid(field, getattr(self, field), "True or False")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
+
+    def _check_special_tokens(self) -> None:
+        if self.pad_token_id == -1:
+            self.pad_token_id = None
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            several = field == "eos_token_id" and isinstance(value, list | tuple)
+            ids = value if several else [] if value is None else [value]
+            if not all(type(token) is int and 0 <= token < self.vocab_size for token in ids):
+                raise _invalid(field, value, f"None or a token id from 0 to {self.vocab_size - 1} (vocab_size - 1)")
 
 
 def default_fork_layers(num_hidden_layers: int) -> list[int]:
@@ -244,3 +257,6 @@ def _772m() -> dict[str, Any]:
 def _1_9b() -> dict[str, Any]:
     """36 layers x 2048, the released shape: 1,915,858,944 parameters."""
     return _shape(36, 2048, 16, [2, 5, 8])
+
+
+ThoughtbubblesConfig.register_for_auto_class()

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thoughtbubbles.cache import ForkMemory
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.routing import ROUTERS, route_causal, width_after_routing
-from thoughtbubbles.streams import Streams
+from .cache import ForkMemory
+from .configuration import ThoughtbubblesConfig
+from .routing import ROUTERS, route_causal, width_after_routing
+from .streams import Streams
 
 MIN_LOG_SIGMOID = -20.0
 

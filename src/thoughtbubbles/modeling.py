@@ -11,20 +11,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from thoughtbubbles.attention import ResidualProjection, StreamAttention, rotary_angles
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.cache import AttentionMemory, Placement, StreamCache
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.gate import ForkGate
-from thoughtbubbles.outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
-from thoughtbubbles.streams import ColumnMap, Streams
+from .attention import ResidualProjection, StreamAttention, rotary_angles
+from .budget import Budget
+from .cache import AttentionMemory, Placement, StreamCache
+from .configuration import ThoughtbubblesConfig
+from .decoding import StreamGenerationMixin
+from .gate import ForkGate
+from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
+from .sharing import SharedModel, register_models
+from .streams import ColumnMap, Streams
 
 IGNORE_INDEX = -100
 
@@ -76,7 +77,7 @@ class ThoughtbubblesBlock(GradientCheckpointingLayer):
         return out
 
 
-class ThoughtbubblesPreTrainedModel(PreTrainedModel):
+class ThoughtbubblesPreTrainedModel(SharedModel):
     """Initialisation of the weights, and what transformers needs to know."""
 
     config: ThoughtbubblesConfig
@@ -208,7 +209,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             raise ValueError(f"input of shape {tuple(given.shape)}: expected rows of at least one token, [B, T]")
         if cache is not None and not isinstance(cache, StreamCache):
             raise ValueError(f"past_key_values of class {type(cache).__name__}: expected a StreamCache")
-        if cache is not None and self.training and self.is_gradient_checkpointing:
+        if cache is not None and self.training and self.gradient_checkpointing:
             raise ValueError("past_key_values: expected none while gradient checkpointing recomputes the blocks")
         length = given.shape[1] + (0 if cache is None else cache.get_seq_length())
         if length > self.config.max_position_embeddings:
@@ -261,7 +262,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         return out
 
 
-class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
+class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationMixin):
     """The decoder with an unembedding: token ids to next-token logits and loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -323,13 +324,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
             logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=next_token_targets(labels, out.columns),
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            loss = next_token_loss(logits, next_token_targets(labels, out.columns), num_items_in_batch)
         return ThoughtbubblesCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -337,18 +332,6 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             streams=out.streams,
         )
-
-    def _prepare_cache_for_generation(  # type: ignore[override]  # its other arguments change with the version
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Start `generate` with an empty cache of ours, unless it was given one or told to use none."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: expected None, since streams need "
-                "a StreamCache"
-            )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StreamCache()
 
     def _mix_streams(self, out: ThoughtbubblesModelOutput) -> Tensor:
         """Log of the mixture of all streams' next-token distributions [B, T, V] (Design 3.6, `probability`)."""
@@ -367,6 +350,14 @@ def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
     return targets.masked_fill(~columns.real, IGNORE_INDEX)
 
 
+def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in nats, float32 or wider: the mean over the targets, or their sum divided by `num_items`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    reduction = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
+
+
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
     return values if columns is None else columns.restore(values)
 
@@ -379,6 +370,4 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{', '.join(unused)}: not an argument of a Thoughtbubbles model")
 
 
-AutoConfig.register(ThoughtbubblesConfig.model_type, ThoughtbubblesConfig, exist_ok=True)
-AutoModel.register(ThoughtbubblesConfig, ThoughtbubblesModel, exist_ok=True)
-AutoModelForCausalLM.register(ThoughtbubblesConfig, ThoughtbubblesForCausalLM, exist_ok=True)
+register_models(ThoughtbubblesModel, ThoughtbubblesForCausalLM)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from thoughtbubbles.cache import StreamCache
-from thoughtbubbles.streams import ColumnMap, Streams
+from .cache import StreamCache
+from .streams import ColumnMap, Streams
 
 
 @dataclass

@@ -20,7 +20,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import MAX_TOKENS, ceil_times, floor_times
+from .budget import MAX_TOKENS, ceil_times, floor_times
 
 Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
 

@@ -1,0 +1,40 @@
+"""What `generate` of transformers has to know about streams (Design 3.8)."""
+
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
+
+from .cache import StreamCache
+from .configuration import ThoughtbubblesConfig
+
+
+class StreamGenerationMixin(GenerationMixin):
+    """`generate` with a `StreamCache`."""
+
+    config: ThoughtbubblesConfig
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Refuse what transformers would not do: from embeddings it decodes with a cache, whatever it is told."""
+        # transformers types `self` as a model that also generates.
+        settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        from_embeddings = model_kwargs.get("inputs_embeds") is not None
+        if from_embeddings and settings.use_cache is False and self.config.routing == "topk":
+            raise ValueError(
+                "use_cache=False with inputs_embeds: expected input_ids, since `generate` continues embeddings with a "
+                "cache alone, where topk routes causally"
+            )
+        return settings, model_kwargs
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # its other arguments change with the version
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Start with an empty cache of ours, unless there is one or `generate` was told to use none."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: expected None, since streams need "
+                "a StreamCache"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StreamCache()
