@@ -1,0 +1,280 @@
+"""`task: sft`: fine-tuning on prompts and completions."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.test_run import Kill, comparable, train_with
+from thoughtbubbles import ThoughtbubblesForCausalLM
+from thoughtbubbles.accounting import training_flops
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
+from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.training.recipe import Recipe, RecipeError, load_recipe
+from thoughtbubbles.training.run import RunSummary, build_config, build_model, train
+from thoughtbubbles.training.rundata import RunData, collate_examples, load_run_data
+
+RECIPE = """
+task: sft
+model:
+  num_hidden_layers: 3
+  hidden_size: 16
+  num_attention_heads: 2
+  fork_layers: [1, 2]
+  budget: 1.5
+data:
+  source: {folder}/rows.jsonl
+  validation_fraction: 0.2
+  prompt: "{{question}}?\\n"
+  completion: "{{answer}} {{number}}"
+  tokenizer: {tokenizer}
+  max_length: 40
+training:
+  output: {folder}/run
+  steps: 12
+  batch_size: 4
+  learning_rate: 1e-2
+  log_every: 2
+  eval_every: 4
+  save_every: 4
+"""
+
+
+TEMPLATES = Template("data.prompt", "{question}?\n"), Template("data.completion", "{answer} {number}")
+
+
+def make_rows(count: int) -> list[dict[str, object]]:
+    """Prompts and completions of several lengths, all different."""
+    return [{"question": "the gate" * (i % 4), "answer": "5" * (1 + i % 7), "number": i} for i in range(count)]
+
+
+def sft_recipe(folder: Path, data: PreparedData, *overrides: str, name: str = "") -> Recipe:
+    """A recipe of 40 short rows with its output in `folder`/`name`/run."""
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, tokenizer=data.path / "tokenizer"))
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def load(folder: Path, data: PreparedData, *overrides: str) -> RunData:
+    return load_run_data(sft_recipe(folder, data, *overrides), progress=False)
+
+
+def example(*tokens: int, border: int) -> Example:
+    return Example(torch.tensor(tokens, dtype=torch.int32).numpy(), border)
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_data: PreparedData) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    train(sft_recipe(folder, tiny_data), progress=False)
+    return folder / "run"
+
+
+def test_batches_are_padded_masked_and_labelled_at_completions() -> None:
+    batch = collate_examples([example(0, 5, 6, 7, 0, border=3), example(0, 8, 0, border=1)], pad=9)
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[0, 5, 6, 7, 0], [0, 8, 0, 9, 9]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
+        "labels": [[-100, -100, -100, 7, 0], [-100, 8, 0, -100, -100]],
+    }
+    assert {values.dtype for values in batch.values()} == {torch.int64}
+
+
+def test_examples_are_made_of_the_rows(tmp_path: Path, tiny_data: PreparedData) -> None:
+    data = load(tmp_path, tiny_data)
+    for index in range(8):
+        number = int(data.samples.describe(index).rpartition("rows.jsonl, row ")[2]) - 1
+        row = make_rows(40)[number]
+        found = data.samples[index]
+        border = found.border
+        assert data.tokenizer.decode(found.tokens[1:border]) == f"{row['question']}?\n"
+        assert data.tokenizer.decode(found.tokens[border:-1]) == f"{row['answer']} {number}"
+        assert data.samples.length(index) == len(found.tokens) <= data.longest <= 40
+    assert data.collate([data.samples[0]])["input_ids"].max() < data.vocab_size
+
+
+def test_padding_is_the_pad_token_or_else_the_end_of_text(tmp_path: Path, tiny_data: PreparedData) -> None:
+    rows = [example(0, 1, 2, 0, border=1), example(0, 1, 0, border=1)]
+    assert load(tmp_path, tiny_data).collate(rows)["input_ids"][1, 3] == 0
+    tokenizer = tiny_data.tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(7)
+    save_tokenizer(tokenizer, tmp_path / "padding")
+    assert load(tmp_path, tiny_data, f"data.tokenizer={tmp_path}/padding").collate(rows)["input_ids"][1, 3] == 7
+
+
+def test_loss_is_the_mean_over_completions_padded_or_alone(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data)
+    data = load_run_data(recipe, progress=False)
+    torch.manual_seed(0)
+    model = build_model(recipe, build_config(recipe, data)).eval()
+    rows = [data.samples[index] for index in range(6)]
+    assert len({len(row.tokens) for row in rows}) > 2
+    losses = []
+    for row in rows:
+        tokens = torch.from_numpy(row.tokens.astype("int64"))
+        log_probs = model(tokens[None]).logits[0].log_softmax(-1)
+        losses += [-log_probs[place - 1, tokens[place]].item() for place in range(row.border, len(tokens))]
+    loss = model(**data.collate(rows)).loss.item()
+    assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_every_row_comes_once_an_epoch_and_held_out_ones_never(tmp_path: Path, tiny_data: PreparedData) -> None:
+    data = load(tmp_path, tiny_data, "training.steps=16")
+    assert len(data.samples) == 64
+    seen = [data.samples.describe(index) for index in range(64)]
+    assert len(set(seen[:32])) == 32
+    assert set(seen[:32]) == set(seen[32:])
+    assert seen[:32] != seen[32:]
+    validation = data.validation["validation"].rows
+    assert isinstance(validation, Examples)
+    assert len(validation) == 8
+    assert not {validation.describe(index) for index in range(8)} & set(seen)
+    longer = load(tmp_path, tiny_data, "training.steps=20").samples
+    assert [longer.describe(index) for index in range(64)] == seen
+
+
+def test_seeds_differ_in_the_order_but_not_in_what_is_held_out(tmp_path: Path, tiny_data: PreparedData) -> None:
+    one, other = load(tmp_path, tiny_data), load(tmp_path, tiny_data, "training.seed=1")
+    assert one.identity == other.identity
+    assert [one.samples.describe(i) for i in range(8)] != [other.samples.describe(i) for i in range(8)]
+
+
+def test_rows_left_out_are_said(tmp_path: Path, tiny_data: PreparedData, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.max_length=14", f"data.validation_source={tmp_path}/validation.jsonl"]
+    rows = make_rows(40)
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    recipe = sft_recipe(tmp_path, tiny_data, *overrides)
+    data = load_run_data(recipe)
+    lines = " ".join(capsys.readouterr().err.split())
+    everything = read_examples(f"{tmp_path}/rows.jsonl", *TEMPLATES, data.tokenizer, 40)
+    too_long = sum(everything.length(index) > 14 for index in range(40))
+    assert f"{too_long} of 40 rows left out, longer than max_length=14" in lines
+    assert f"rows.jsonl: 3 rows left out, also in {tmp_path}/validation.jsonl" in lines
+    assert len(data.validation["validation"].rows) == 3
+    load_run_data(recipe, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_learns_and_counts_what_it_cost(tuned: Path, tiny_data: PreparedData) -> None:
+    model = ThoughtbubblesForCausalLM.from_pretrained(tuned / "model")
+    data = load_run_data(load_recipe(tuned / "recipe.yaml"), progress=False)
+    lengths = [data.samples.length(index) for index in range(48)]
+    rows = [row for row in read_metrics(tuned / "metrics.jsonl") if "loss" in row]
+    assert [row["tokens"] for row in rows] == [sum(lengths[: 4 * step]) for step in range(2, 13, 2)]
+    padded = [max(lengths[start : start + 4]) for start in range(0, 48, 4)]
+    assert rows[-1]["flops"] == sum(4 * training_flops(model.config, length) for length in padded)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    validation = data.validation["validation"].rows
+    batch = data.collate([validation[index] for index in range(len(validation))])
+    assert RunSummary.read(tuned).eval_loss == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+    assert model.config.max_position_embeddings == data.longest
+
+
+def test_evaluations_can_be_cut_to_the_first_rows(tmp_path: Path, tiny_data: PreparedData) -> None:
+    overrides = ("data.eval_rows=3", "data.final_eval_rows=5", "training.steps=4", "training.eval_every=4")
+    recipe = sft_recipe(tmp_path, tiny_data, *overrides)
+    final = train(recipe, progress=False).eval_loss
+    model = ThoughtbubblesForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    data = load_run_data(recipe, progress=False)
+    rows = [data.validation["validation"].rows[index] for index in range(5)]
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval_loss"]
+    assert last == pytest.approx(model(**data.collate(rows[:3])).loss.item(), abs=1e-5)
+    assert final == pytest.approx(model(**data.collate(rows)).loss.item(), abs=1e-5)
+
+
+def test_micro_batches_of_unequal_lengths_give_the_same_run(
+    tmp_path: Path, tiny_data: PreparedData, float64: None
+) -> None:
+    curves, flops = [], []
+    for micro in (4, 1):
+        # At budget 1 nothing is chosen, and so no rounding can choose otherwise (Design 3.10).
+        overrides = (f"training.micro_batch_size={micro}", "model.budget=1")
+        recipe = sft_recipe(tmp_path, tiny_data, *overrides, name=str(micro))
+        flops.append(train(recipe, progress=False).training_flops)
+        rows = read_metrics(tmp_path / str(micro) / "run" / "metrics.jsonl")
+        curves.append([row.get("loss", row.get("eval_loss")) for row in rows])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-10)
+    # Alone in its pass a row is not padded.
+    assert flops[1] < flops[0]
+
+
+def test_resuming_goes_on_as_if_never_interrupted(tmp_path: Path, tuned: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data)
+    with pytest.raises(KeyboardInterrupt):
+        train_with(recipe, Kill(at=7))
+    train(recipe, progress=False)
+    assert comparable(tmp_path / "run") == comparable(tuned)
+
+
+def test_a_run_on_other_rows_is_refused(tmp_path: Path, tuned: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data)
+    shutil.copytree(tuned, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    train(recipe, progress=False)
+    rows = make_rows(40)
+    rows[17]["number"] = 99
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecipeError, match="holds a run on other data"):
+        train(recipe, progress=False)
+
+
+def test_a_model_is_tuned_with_its_own_tokenizer(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data, "data.tokenizer=null", "data.max_length=16", "training.steps=4")
+    recipe.model = {"pretrained": str(tiny_run)}
+    data = load_run_data(recipe, progress=False)
+    assert data.tokenizer.get_vocab() == tiny_data.tokenizer().get_vocab()
+    assert math.isfinite(train(recipe, progress=False).eval_loss)
+    recipe.data.max_length = 40
+    with pytest.raises(InputError, match=r"model\.max_position_embeddings=16: expected at least"):
+        train(recipe, progress=False)
+
+
+def test_a_tokenizer_is_needed_and_must_be_the_models(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data, "data.tokenizer=null")
+    with pytest.raises(RecipeError, match=r"data\.tokenizer is missing: expected a tokenizer's folder or hub name, or"):
+        load_run_data(recipe)
+    save_tokenizer(train_tokenizer(["another text"], 257), tmp_path / "other")
+    recipe = sft_recipe(tmp_path, tiny_data, f"data.tokenizer={tmp_path}/other", "data.max_length=100")
+    recipe.model = {"pretrained": str(tiny_run)}
+    with pytest.raises(InputError, match=r"rows\.jsonl: tokenised with another tokenizer than that of the model"):
+        train(recipe, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_models_tokenizer_needs_an_end_of_text(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    model = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    tokenizer = tiny_data.tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(str(model))
+    recipe = sft_recipe(tmp_path, tiny_data, "data.tokenizer=null")
+    recipe.model = {"pretrained": str(model)}
+    with pytest.raises(InputError, match=r"expected a tokenizer with a tokenizer\.json and an eos token"):
+        load_run_data(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.batch_size=33",
+            r"training\.batch_size=33: expected at most the 32 rows of .*rows\.jsonl to",
+        ),
+        ("data.prompt='{x'", r"data\.prompt='\{x': character 1 is a brace of no field"),
+        ("data.prompt='{x}'", r"rows\.jsonl, row 1 has no field 'x': it has 'question', 'answer', 'number'"),
+        ("data.completion=yes", r"data\.completion=True: expected text"),
+        ("data.completion='yes'", r"data\.completion='yes': expected a field"),
+        ("data.source=nowhere.jsonl", "source 'nowhere.jsonl' does not exist"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path: Path, tiny_data: PreparedData, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(sft_recipe(tmp_path, tiny_data, override), progress=False)
+    assert not (tmp_path / "run").exists()
