@@ -14,10 +14,10 @@ from rich.table import Table
 
 from thoughtbubbles.data import load_prepared, prepare
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
-from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
 from thoughtbubbles.evaluation.perplexity import Perplexity, evaluate_perplexity
 from thoughtbubbles.inspection.bubbles import bubble_sizes
 from thoughtbubbles.inspection.plots import plot_bubbles, plot_losses
+from thoughtbubbles.loading import load_model, load_tokenizer
 from thoughtbubbles.training.recipe import load_recipe
 from thoughtbubbles.training.run import RunSummary, train
 
@@ -32,7 +32,7 @@ def main() -> None:
     start = time.monotonic()
     console = Console()
     prepare(OUTPUT / "data", vocab_size=2048, block_size=128, validation_fraction=0.03)
-    summaries = {label: train(load_recipe(path), resume=True) for label, path in RECIPES.items()}
+    summaries = {label: train(load_recipe(path)) for label, path in RECIPES.items()}
     show_table(console, summaries)
     at_one = evaluate_perplexity(load_model(OUTPUT / "bubbles"), validation_blocks(), budget=1, batch_size=32)
     show_verdict(console, summaries, at_one)

@@ -1,8 +1,10 @@
 """A tiny corpus and a tiny trained run, made once for all tests that need one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from thoughtbubbles.data import PreparedData, load_prepared, prepare
 from thoughtbubbles.training.recipe import Recipe, load_recipe
@@ -46,6 +48,25 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     output = tmp_path_factory.mktemp("prepared") / "data"
     prepare(output, [str(root)], vocab_size=300, block_size=BLOCK, validation_fraction=0.2, progress=False)
     return load_prepared(output)
+
+
+@pytest.fixture(scope="session")
+def other_data(tmp_path_factory: pytest.TempPathFactory, tiny_data: PreparedData) -> PreparedData:
+    """Other documents, the same tokenizer and block size."""
+    root = tmp_path_factory.mktemp("other")
+    for index, text in enumerate(sentences(12)):
+        (root / f"{index:02}.txt").write_text(text.replace("of", "beside"))
+    output, tokenizer = root / "prepared", str(tiny_data.path / "tokenizer")
+    prepare(output, [str(root)], tokenizer=tokenizer, block_size=BLOCK, validation_fraction=0.2, progress=False)
+    return load_prepared(output)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New models and numbers in double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def tiny_recipe(folder: Path, data: Path, *overrides: str) -> Recipe:

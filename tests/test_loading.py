@@ -6,11 +6,11 @@ import pytest
 
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.evaluation.loading import find_model, load_model, load_tokenizer
+from thoughtbubbles.loading import find_model, load_model, load_tokenizer
 
 
 def test_a_run_and_its_model_folder_are_the_same_model(tiny_run: Path) -> None:
-    assert find_model(tiny_run) == find_model(tiny_run / "model") == tiny_run / "model"
+    assert find_model(tiny_run) == find_model(tiny_run / "model") == str(tiny_run / "model")
 
 
 def test_loaded_tokenizer_is_that_of_the_data(tiny_run: Path, tiny_data: PreparedData) -> None:

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoughtbubbles.errors import InputError
+from thoughtbubbles.errors import InputError, RunError, RunInterrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,18 +36,26 @@ BUDGET_HELP = "Streams per token, such as 1, 1.5 or 2. [default: the model's own
 
 @app.command()
 def prepare(
+    ctx: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder to write: train, validation, tokenizer, manifest.json.")],
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, folders, globs, .parquet or .jsonl files, or `python-stdlib`: the source text of the "
-            "running Python's standard library. [default: python-stdlib]",
+            help="Text files, folders, globs, .parquet or .jsonl files; hf:NAME or hf:NAME?KEY=VALUE&KEY=VALUE, a "
+            "dataset of the Hugging Face hub or a folder laid out like one, with the keys config, split (train), "
+            "field, streaming (true) and revision; or `python-stdlib`, which is also taken if none is named: the "
+            "source text of the running Python's standard library.",
             show_default=False,
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of parquet and jsonl rows that holds the text.")] = "text",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with these options as keys; what the command line says goes before it."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of rows that holds the text.")] = "text",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder. [default: train a byte-level BPE on the corpus]")
+        str | None,
+        typer.Option(help="Tokenizer folder, or name on the hub; without, a byte-level BPE is trained on the corpus."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Vocabulary of the trained tokenizer.")] = 4096,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 512,
@@ -55,35 +63,56 @@ def prepare(
     validation: Annotated[
         list[str] | None, typer.Option(help="Source for validation, instead of held-out documents; repeatable.")
     ] = None,
+    limit_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to read of each source at most; validation sources are read whole.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the documents' order.")] = 0,
-    num_proc: Annotated[int, typer.Option(help="Documents tokenised at a time.")] = 1,
+    num_proc: Annotated[
+        int | None, typer.Option(help="Threads that tokenise, by default one a core; the result is the same.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder prepared differently.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Turn text into blocks of tokens to train on.
 
     Documents are separated by the end-of-text token and packed into blocks; attention and credit cross document
-    borders inside a block. Validation is held out by document.
+    borders inside a block. Validation is held out by document. A call that was interrupted goes on where it stopped
+    when it is made again.
     """
+    from thoughtbubbles.data import load_preparation
     from thoughtbubbles.data import prepare as prepare_data
 
-    manifest = prepare_data(
-        output,
-        tuple(sources or ("python-stdlib",)),
-        text_field=text_field,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        block_size=block_size,
-        validation_fraction=validation_fraction,
-        validation=tuple(validation or ()),
-        seed=seed,
-        num_proc=num_proc,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    options: dict[str, Any] = {
+        "sources": tuple(sources or ("python-stdlib",)),
+        "text_field": text_field,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "block_size": block_size,
+        "validation_fraction": validation_fraction,
+        "validation": tuple(validation or ()),
+        "limit_tokens": limit_tokens,
+        "seed": seed,
+    }
+    if recipe is not None:
+        options |= {key: value for key, value in load_preparation(recipe).items() if not _was_given(ctx, key)}
+    manifest = prepare_data(output, **options, num_proc=num_proc, overwrite=overwrite, progress=not quiet)
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         typer.echo(f"{name:<11}{split.documents:>9,} documents {split.tokens:>13,} tokens {split.blocks:>9,} blocks")
     typer.echo(f"vocabulary {manifest.vocab_size:>9,} tokens, blocks of {manifest.block_size} in {output}")
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user gave a parameter, as against its default value."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _help_recipe(asked: bool) -> None:
+    if asked:
+        from thoughtbubbles.training.recipe import describe_recipe
+
+        typer.echo(describe_recipe())
+        raise typer.Exit
 
 
 @app.command()
@@ -92,24 +121,45 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, such as training.learning_rate=3e-4.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+    _help: Annotated[
+        bool,
+        typer.Option(
+            "--help-recipe", callback=_help_recipe, is_eager=True, help="Say what a recipe may hold, and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train a model as a recipe says, or go on with a run that was interrupted.
 
-    The run's folder gets metrics.jsonl, checkpoints/, model/ and summary.json.
+    The run's folder gets metrics.jsonl, checkpoints/, model/ and summary.json. Started again, a run goes on from its
+    newest sound checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save and stop; a second Ctrl-C stops at once.
     """
     from thoughtbubbles.training.recipe import load_recipe
     from thoughtbubbles.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or ())
-    summary = run_training(loaded, resume=resume, progress=not quiet)
+    summary = run_training(loaded, progress=not quiet)
+    if not _last_word():
+        return
     leak = " (leaks: topk sees later tokens)" if summary.eval_leaks else ""
     typer.echo(
         f"{summary.tokens:,} tokens at {summary.tokens_per_second:,.0f} tokens/s; "
         f"validation loss {summary.eval_loss:.4f}, perplexity {summary.eval_perplexity:.2f}{leak}; "
         f"model in {Path(loaded.training.output) / 'model'}"
     )
+
+
+def _last_word() -> bool:
+    """Part from the other processes that torchrun started; whether this is the one that speaks for all."""
+    import torch.distributed as processes
+
+    if not (processes.is_available() and processes.is_initialized()):
+        return True
+    main = processes.get_rank() == 0
+    # One that left while others still talk to it would abort them.
+    processes.barrier()
+    processes.destroy_process_group()
+    return main
 
 
 @app.command()
@@ -135,8 +185,8 @@ def perplexity(
     """Measure a model's perplexity on validation blocks."""
     from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.data import load_prepared
-    from thoughtbubbles.evaluation.loading import load_model
     from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
+    from thoughtbubbles.loading import load_model
     from thoughtbubbles.progress import stage
 
     with _bad_input():
@@ -188,8 +238,8 @@ def generate(
     """Continue a prompt, printing tokens as they come."""
     from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.evaluation.generation import Sampling, generate_text
-    from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
     from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
+    from thoughtbubbles.loading import load_model, load_tokenizer
 
     with _bad_input():
         parse_budget(budget or 1)
@@ -258,9 +308,12 @@ def _bad_input() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command; bad input is one line on standard error and exit code 2."""
+    """Run the command.
+
+    Bad input is one line on standard error and exit code 2; a run that cannot go on, one line and 1.
+    """
     try:
         app()
-    except InputError as error:
-        typer.echo(f"thoughtbubbles: {error}", err=True)
-        sys.exit(2)
+    except (InputError, RunError, RunInterrupted) as end:
+        typer.echo(f"thoughtbubbles: {end}", err=True)
+        sys.exit(end.exit_code)

@@ -1,8 +1,21 @@
-"""The error for bad input."""
+"""How a command ends other than by finishing: each is one line on standard error and an exit code."""
 
 
 class InputError(ValueError):
-    """Bad input from a user: one line that names the value and what was expected.
+    """Bad input from a user: one line that names the value and what was expected."""
 
-    The command line prints it without a traceback and exits with code 2.
-    """
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on through no fault of its input: one line that says why and what is left."""
+
+    exit_code = 1
+
+
+class RunInterrupted(Exception):  # noqa: N818 (it is no error)
+    """A signal came, and everything was saved: the next start goes on from here."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

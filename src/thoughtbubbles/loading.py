@@ -1,26 +1,32 @@
-"""Trained models from disk."""
+"""Trained models, from disk or from the hub."""
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
     from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-def find_model(path: str | Path) -> Path:
-    """The model folder at `path`: itself, or the `model` folder of a run.
+
+def find_model(path: str | Path) -> str:
+    """What `from_pretrained` takes for `path`: itself, the `model` folder of a run, or a hub model's name.
 
     Raises:
-        InputError: for a path that is neither, or a folder without weights.
+        InputError: for a path that is none of them, or a folder without weights.
     """
     given = Path(path)
     folder = next((f for f in (given, given / "model") if (f / "config.json").is_file()), None)
     if folder is None:
+        if not given.exists() and HUB_NAME.fullmatch(str(path)):
+            return str(path)
         raise InputError(f"model {given}: expected a folder with config.json, or that of a finished run")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -30,7 +36,7 @@ def find_model(path: str | Path) -> Path:
         raise InputError(f"model {folder}: model_type is {kind!r}, expected 'thoughtbubbles'")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"model {folder}: expected weights, a file *.safetensors, beside config.json")
-    return folder
+    return str(folder)
 
 
 def load_model(path: str | Path, device: str | None = None) -> "ThoughtbubblesForCausalLM":
@@ -40,20 +46,69 @@ def load_model(path: str | Path, device: str | None = None) -> "ThoughtbubblesFo
         InputError: as `find_model`, or for weights that do not fit the configuration.
     """
     import torch
-    from transformers.utils import logging
 
-    from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-
-    folder = find_model(path)
-    logging.disable_progress_bar()
-    try:
-        model = ThoughtbubblesForCausalLM.from_pretrained(folder)
-    except Exception as error:  # safetensors, JSON and shape errors alike: the folder is not what was saved
-        raise InputError(f"model {folder}: {' '.join(str(error).split())}") from error
+    model = load_weights(path)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.nn.Module.to(model, place)
     model.eval()
     return model
+
+
+def load_weights(path: str | Path, **arguments: Any) -> "ThoughtbubblesForCausalLM":
+    """A trained model as `from_pretrained` gives it.
+
+    Args:
+        arguments: for `from_pretrained`.
+
+    Raises:
+        InputError: as `find_model`, or for weights that do not fit the configuration.
+    """
+    from transformers.utils import logging
+
+    from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+
+    name = find_model(path)
+    logging.disable_progress_bar()
+    try:
+        return ThoughtbubblesForCausalLM.from_pretrained(name, **arguments)
+    except Exception as error:  # hub, safetensors, JSON and shape errors alike: it is not what was saved
+        raise _unusable(name, error) from error
+
+
+def load_config(path: str | Path, **changes: Any) -> "ThoughtbubblesConfig":
+    """The configuration of a trained model, with fields changed.
+
+    Raises:
+        InputError: as `find_model`, or for values that are not allowed.
+    """
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
+
+    name = find_model(path)
+    try:
+        config: ThoughtbubblesConfig = ThoughtbubblesConfig.from_pretrained(name, **changes)
+    except Exception as error:
+        raise _unusable(name, error) from error
+    return config
+
+
+def _unusable(name: str, error: Exception) -> InputError:
+    where = (
+        "" if Path(name).exists() else ": expected a folder with config.json, that of a finished run, or a hub model"
+    )
+    return InputError(f"model {name}{where}: {' '.join(str(error).split())}")
+
+
+def check_tokenizer(path: str | Path, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    """Check that a model's own tokenizer, where it has one, gives the tokens that some data was made of.
+
+    Raises:
+        InputError: naming the model and the data.
+    """
+    name = find_model(path)
+    if Path(name).exists() and not (Path(name) / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"data {source}: tokenised with another tokenizer than that of the model {name}")
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
@@ -64,7 +119,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    folder = find_model(path)
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"model {folder}: expected tokenizer.json beside it")
-    return AutoTokenizer.from_pretrained(folder)
+    name = find_model(path)
+    if Path(name).exists() and not (Path(name) / "tokenizer.json").is_file():
+        raise InputError(f"model {name}: expected tokenizer.json beside it")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the libraries raise anything
+        raise _unusable(name, error) from error

@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
-from thoughtbubbles.evaluation.loading import load_model, load_tokenizer
 from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
+from thoughtbubbles.loading import load_model, load_tokenizer
 
 GREEDY = Sampling(temperature=0)
 

@@ -1,10 +1,22 @@
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.training.recipe import RecipeError, load_recipe
+from thoughtbubbles.training.recipe import (
+    DataSection,
+    FineTuningSection,
+    RecipeError,
+    TrainingSection,
+    describe_recipe,
+    differences,
+    load_recipe,
+)
 from thoughtbubbles.training.run import build_config
+from thoughtbubbles.training.rundata import load_run_data
 
 MINIMAL = "data: {path: d}\ntraining: {output: o, steps: 5}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -18,11 +30,10 @@ def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_name_real_model_fields(path: Path) -> None:
-    from thoughtbubbles import ThoughtbubblesConfig
-
     recipe = load_recipe(path)
     fields = dict(recipe.model)
     preset = fields.pop("preset", None)
+    fields.pop("pretrained", None)
     config = ThoughtbubblesConfig.preset(preset, **fields) if preset else ThoughtbubblesConfig(**fields)
     assert config.num_hidden_layers > 0
 
@@ -66,6 +77,17 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1, or null for all"),
         ("data.final_eval_blocks=-1", "data.final_eval_blocks=-1: expected at least 1, or null for all"),
         ("data.eval_blocks=x", "data.eval_blocks='x': expected a whole number or null"),
+        ("data.mixture={a: 1}", "data: expected either `path` or `mixture`"),
+        ("data.mixture=[a, b]", "data.mixture=['a', 'b']: expected a mapping or null"),
+        ("model.pretrained=m", "model.preset and model.pretrained: expected at most one"),
+        ("training.micro_batch_size=0", "training.micro_batch_size=0: expected at least 1"),
+        ("training.precision=half", "training.precision='half': expected one of auto, float32, bfloat16"),
+        ("training.training_budgets=2", "training.training_budgets=2: expected a list or null"),
+        ("training.training_budgets=[]", "training.training_budgets=[]: expected budgets, such as [1, 2], or null"),
+        ("training.eval_budgets=[2, 0.5]", "training.eval_budgets[1]: budget=0.5: expected a number"),
+        ("training.report_to=[mlflow]", "training.report_to='mlflow': expected one of tensorboard, wandb"),
+        ("training.report_to=[1]", "training.report_to[0]=1: expected text"),
+        ("task=dance", "task='dance': expected pretrain or sft"),
         ("steps=3", "override 'steps=3': expected section.key=value"),
         ("training.steps", "expected section.key=value"),
         ("training.steps=[", "is not a YAML value"),
@@ -73,7 +95,7 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
 )
 def test_bad_overrides_say_what_was_expected(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        load_recipe(write(tmp_path, MINIMAL), [override])
+        load_recipe(write(tmp_path, "model: {preset: nano}\n" + MINIMAL), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -81,16 +103,65 @@ def test_bad_overrides_say_what_was_expected(tmp_path: Path, override: str, mess
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1\n", "expected the sections model, data, training"),
+        ("- 1\n", "expected the sections task, model, data, training"),
         ("data: [", "while parsing"),
         ("data: 3\n", "data: 3: expected keys and values"),
         ("data: {path: d}\ntraining: {output: o}\n", "training.steps is missing: expected the optimizer steps"),
-        ("training: {output: o, steps: 3}\n", "data.path is missing"),
+        ("training: {output: o, steps: 3}\n", "data: expected either `path` or `mixture`"),
+        ("task: dance\n" + MINIMAL, "task='dance': expected pretrain or sft"),
+        ("task: sft\n" + MINIMAL, "unknown key data.path"),
+        ("task: sft\ndata: {}\ntraining: {output: o, steps: 3}\n", "data.source is missing"),
     ],
 )
 def test_bad_files_say_what_was_expected(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message.replace("[", r"\[")):
         load_recipe(write(tmp_path, text))
+
+
+def test_mixtures_and_budgets_are_read(tmp_path: Path) -> None:
+    text = "data: {mixture: {a: 0.7, b: 3e-1}}\ntraining: {output: o, steps: 5, training_budgets: [1, 1.5, 4/3]}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.data == DataSection(mixture={"a": 0.7, "b": 0.3})
+    assert recipe.training.training_budgets == [1, 1.5, "4/3"]
+
+
+@pytest.mark.parametrize("weights", ["{}", "{a: 0}", "{a: 1, b: -1}", "{a: .nan}"])
+def test_weights_of_a_mixture_are_above_zero(tmp_path: Path, weights: str) -> None:
+    text = f"data: {{mixture: {weights}}}\ntraining: {{output: o, steps: 5}}\n"
+    with pytest.raises(RecipeError, match=r"data\.mixture=.*: expected folders with weights above 0"):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_length=1", "data.max_length=1: expected at least 2"),
+        ("data.validation_fraction=1", "data.validation_fraction=1.0: expected more than 0 and less than 1"),
+        ("data.eval_rows=0", "data.eval_rows=0: expected at least 1, or null for all"),
+    ],
+)
+def test_bad_fine_tuning_sections(tmp_path: Path, override: str, message: str) -> None:
+    text = "task: sft\ndata: {source: rows.jsonl}\ntraining: {output: o, steps: 5}\n"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, text), [override])
+    assert message in str(error.value)
+
+
+def test_the_description_names_every_key_with_its_default() -> None:
+    text = describe_recipe()
+    for section in (DataSection, FineTuningSection, TrainingSection):
+        for spec in fields(section):
+            assert f"  {spec.name}: " in text
+    assert "  steps: a whole number (needed)\n" in text
+    assert "  training_budgets: a list or null [null]\n" in text
+    assert "  precision: text [auto]\n" in text
+    for name in ThoughtbubblesConfig.__annotations__:
+        assert re.search(rf"^  ([\w, ]+, )?{name}[ ,]", text, re.MULTILINE), name
+
+
+def test_differences_name_the_keys() -> None:
+    old, new = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "e": None}
+    assert list(differences(old, new)) == ["a.c: 2 is now 3", "d: [1] is now absent", "e: absent is now None"]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -99,8 +170,9 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_build_config_takes_vocabulary_and_length_from_the_data(tmp_path: Path, tiny_data: PreparedData) -> None:
-    recipe = load_recipe(write(tmp_path, MINIMAL), ["model.hidden_size=16", "model.num_attention_heads=2"])
-    config = build_config(recipe, tiny_data)
+    overrides = ["model.hidden_size=16", "model.num_attention_heads=2", f"data.path={tiny_data.path}"]
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    config = build_config(recipe, load_run_data(recipe))
     assert config.vocab_size == tiny_data.manifest.vocab_size
     assert config.max_position_embeddings == tiny_data.manifest.block_size
     assert config.bos_token_id == tiny_data.manifest.tokenizer.eos_token_id
@@ -116,6 +188,7 @@ def test_build_config_takes_vocabulary_and_length_from_the_data(tmp_path: Path, 
     ],
 )
 def test_build_config_refuses(tmp_path: Path, tiny_data: PreparedData, override: str, message: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), [override, f"data.path={tiny_data.path}"])
     with pytest.raises(RecipeError) as error:
-        build_config(load_recipe(write(tmp_path, MINIMAL), [override]), tiny_data)
+        build_config(recipe, load_run_data(recipe))
     assert message in str(error.value)

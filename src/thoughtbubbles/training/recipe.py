@@ -1,36 +1,79 @@
 """Recipes: one YAML file a run, every key checked (Design 5.2)."""
 
-import difflib
+import inspect
+import re
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from thoughtbubbles.budget import Budget, parse_budget
 from thoughtbubbles.errors import InputError
+from thoughtbubbles.options import WORDS, check_known, convert
 
-Section = TypeVar("Section", bound="DataSection | TrainingSection")
+Section = TypeVar("Section", bound="DataSection | FineTuningSection | TrainingSection")
+TASKS = ("pretrain", "sft")
+PRECISIONS = ("auto", "float32", "bfloat16")
+REPORTERS = ("tensorboard", "wandb")
+MODEL_SOURCES = ("preset", "pretrained")
 
 
 class RecipeError(InputError):
-    """A recipe, or an override of one, that cannot be used."""
+    """A recipe that cannot be used: one line that names the key, the value and what was expected."""
 
 
 def option(help_text: str, default: Any = MISSING) -> Any:
-    """A recipe field with its help; required where no default is given."""
+    """A field of a section whose help is its documentation."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
 class DataSection:
-    """Where the blocks come from."""
+    """Where the blocks come from: `path` or `mixture`."""
 
-    path: str = option("folder that `thoughtbubbles prepare` wrote")
-    eval_blocks: int | None = option("validation blocks of the evaluations on the way; null is all of them", None)
-    final_eval_blocks: int | None = option("validation blocks of the evaluation at the end; null is all of them", None)
+    path: str | None = option("folder that `thoughtbubbles prepare` wrote", None)
+    mixture: dict[str, float] | None = option(
+        "several such folders and their weights, as in {runs/fineweb: 0.7, runs/pes2o: 0.3}; the same tokenizer and "
+        "block size in all",
+        None,
+    )
+    eval_blocks: int | None = option(
+        "validation blocks, of each folder, of the evaluations on the way; null is all", None
+    )
+    final_eval_blocks: int | None = option("the same, of the evaluation at the end; null is all", None)
+
+
+@dataclass
+class FineTuningSection:
+    """Where the prompts and their completions come from."""
+
+    source: str = option("rows to train on: a .jsonl or .parquet file, a folder or glob of them, or hf:NAME?split=...")
+    validation_source: str | None = option("rows to evaluate on; null holds some of `source` out", None)
+    validation_fraction: float = option("share of the rows held out where there is no validation_source", 0.05)
+    prompt: str = option(
+        "the prompt, a text in quotes with the fields of a row in braces, as in 'Question: {question}'; {{ and }} are "
+        "braces themselves",
+        "{prompt}",
+    )
+    completion: str = option(
+        "what the model shall answer, in the same way: the loss is on this and on the end of text after it",
+        "{completion}",
+    )
+    max_length: int = option(
+        "tokens of the longest row, the two that mark its start and its end included; longer ones are left out and "
+        "counted",
+        512,
+    )
+    tokenizer: str | None = option("tokenizer folder or hub name; null is that of model.pretrained", None)
+    eval_rows: int | None = option("validation rows of the evaluations on the way; null is all", None)
+    final_eval_rows: int | None = option("the same, of the evaluation at the end; null is all", None)
 
 
 @dataclass
@@ -39,17 +82,28 @@ class TrainingSection:
 
     output: str = option("folder of the run: metrics, checkpoints, the trained model")
     steps: int = option("optimizer steps")
-    batch_size: int = option("blocks per optimizer step", 16)
+    batch_size: int = option("blocks (or rows) per optimizer step, all processes together", 16)
+    micro_batch_size: int | None = option(
+        "blocks of one forward pass on one device: gradients accumulate over as many passes as batch_size needs; "
+        "null is all that the device gets",
+        None,
+    )
+    precision: str = option("auto, float32 or bfloat16 (autocast); auto is bfloat16 on GPUs that have it", "auto")
     learning_rate: float = option("peak learning rate of AdamW", 1e-3)
     weight_decay: float = option("weight decay, on matrices only", 0.1)
     warmup_fraction: float = option("share of the steps in which the learning rate rises linearly from 0", 0.05)
     decay_fraction: float = option("share of the steps, at the end, in which it falls linearly to 0", 0.2)
     max_grad_norm: float = option("gradients are clipped to this norm", 1.0)
+    training_budgets: list[Budget] | None = option(
+        "budgets of which each step draws one, so that one model serves them all; null is the model's own", None
+    )
+    eval_budgets: list[Budget] | None = option("budgets to evaluate at beside the model's own, as in [1, 1.5, 4]", None)
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
     log_every: int = option("steps between lines in metrics.jsonl", 10)
     eval_every: int = option("steps between evaluations", 100)
     save_every: int = option("steps between checkpoints", 200)
-    keep_checkpoints: int = option("checkpoints to keep", 2)
+    keep_checkpoints: int = option("newest checkpoints to keep; the one of lowest validation loss is kept too", 2)
+    report_to: list[str] = option("also report to tensorboard, wandb or both, as in [tensorboard]", [])
     seed: int = option("seed of the initial weights and of the order of the blocks", 0)
 
 
@@ -57,12 +111,13 @@ class TrainingSection:
 class Recipe:
     """A run: a model, its data and how to train it.
 
-    `model` holds `preset` and fields of `ThoughtbubblesConfig`. Vocabulary size, special tokens and the longest row
-    come from the data where it does not name them.
+    `model` holds fields of `ThoughtbubblesConfig` and `preset`, a named shape, or `pretrained`, a trained model to
+    start from. Vocabulary size, special tokens and the longest row come from the data where it does not name them.
     """
 
+    task: str
     model: dict[str, Any]
-    data: DataSection
+    data: DataSection | FineTuningSection
     training: TrainingSection
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +141,68 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(content, override)
     return _parse(content)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each key of nested mappings that differs, as in `training.steps: 10 is now 20`."""
+    for name in dict.fromkeys([*old, *new]):
+        before, after = (values.get(name, "absent") for values in (old, new))
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}: {before} is now {after}"
+
+
+def describe_recipe() -> str:
+    """Every key that a recipe may have, with its type, its default and what it means."""
+    lines = [
+        "A recipe is a YAML file of sections; `extends: OTHER.yaml` takes over what it does not say itself.",
+        "",
+        f"task: {' or '.join(TASKS)} [pretrain]",
+        "",
+        "model: the shape and rules of the model",
+        "  preset: a named shape, such as nano, 150m or 1.9b",
+        "  pretrained: a trained model to start from: the folder of a run or of a model, or a hub name",
+        *_describe_model_fields(),
+    ]
+    for title, section in (
+        ("data (task: pretrain)", DataSection),
+        ("data (task: sft)", FineTuningSection),
+        ("training", TrainingSection),
+    ):
+        lines += ["", f"{title}: {(section.__doc__ or '').splitlines()[0].rstrip('.').lower()}"]
+        hints = typing.get_type_hints(section)
+        for spec in fields(section):
+            lines.append(f"  {spec.name}: {_type_name(hints[spec.name])}{_default(spec)}")
+            lines += _wrapped(spec.metadata["help"], "      ")
+    return "\n".join(lines)
+
+
+def _describe_model_fields() -> list[str]:
+    """The fields of a configuration, from its docstring."""
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
+
+    arguments = (inspect.getdoc(ThoughtbubblesConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    lines = []
+    for entry in re.split(r"\n(?=    \w)", "\n" + arguments):
+        names, colon, text = " ".join(entry.split()).partition(": ")
+        if colon:
+            defaults = [getattr(ThoughtbubblesConfig, name) for name in names.split(", ")]
+            shown = ", ".join("null" if default is None else str(default).lower() for default in defaults)
+            lines += [f"  {names} [{shown}]", *_wrapped(text, "      ")]
+    return lines
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, width=100, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+
+
+def _default(spec: "Field[Any]") -> str:
+    if spec.default_factory is not MISSING:
+        return f" [{spec.default_factory()}]"
+    if spec.default is MISSING:
+        return " (needed)"
+    return f" [{'null' if spec.default is None else str(spec.default).lower()}]"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -112,13 +229,16 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
-    if not (equals and dot and name):
+    if not (equals and (key == "task" or (dot and name))):
         raise RecipeError(f"override {override!r}: expected section.key=value, such as training.learning_rate=3e-4")
-    _known(section, _names(Recipe), "section")
+    check_known(section, _names(Recipe), "section", RecipeError)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
+    if key == "task":
+        content["task"] = value
+        return
     values = content.setdefault(section, {})
     if not isinstance(values, dict):
         raise RecipeError(f"{section}: {values!r}: expected keys and values")
@@ -126,14 +246,23 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _parse(content: Mapping[str, Any]) -> Recipe:
+    task = content.get("task", "pretrain")
+    if task not in TASKS:
+        raise RecipeError(f"task={task!r}: expected {' or '.join(TASKS)}")
     for section, values in content.items():
-        _known(section, _names(Recipe), "section")
-        if not isinstance(values, dict):
+        check_known(section, _names(Recipe), "section", RecipeError)
+        if section != "task" and not isinstance(values, dict):
             raise RecipeError(f"{section}: {values!r}: expected keys and values")
+    data = content.get("data", {})
     return Recipe(
+        task=task,
         model=_parse_model(content.get("model", {})),
-        data=_check_data(_parse_section(DataSection, "data", content.get("data", {}))),
-        training=_check_ranges(_parse_section(TrainingSection, "training", content.get("training", {}))),
+        data=(
+            _check_data(_parse_section(DataSection, "data", data))
+            if task == "pretrain"
+            else _check_fine_tuning(_parse_section(FineTuningSection, "data", data))
+        ),
+        training=_check_training(_parse_section(TrainingSection, "training", content.get("training", {}))),
     )
 
 
@@ -141,50 +270,99 @@ def _parse_model(values: Mapping[str, Any]) -> dict[str, Any]:
     from thoughtbubbles.configuration import ThoughtbubblesConfig
 
     for name in values:
-        _known(name, ["preset", *ThoughtbubblesConfig.__annotations__], "key", "model.")
+        check_known(name, [*MODEL_SOURCES, *ThoughtbubblesConfig.__annotations__], "key", RecipeError, "model.")
+    if all(name in values for name in MODEL_SOURCES):
+        raise RecipeError("model.preset and model.pretrained: expected at most one of them")
     return dict(values)
 
 
 def _parse_section(section: type[Section], prefix: str, values: Mapping[str, Any]) -> Section:
     hints = typing.get_type_hints(section)
     for name in values:
-        _known(name, _names(section), "key", f"{prefix}.")
+        check_known(name, _names(section), "key", RecipeError, f"{prefix}.")
     for spec in fields(section):
-        if spec.name not in values and spec.default is MISSING:
+        if spec.name not in values and spec.default is MISSING and spec.default_factory is MISSING:
             raise RecipeError(f"{prefix}.{spec.name} is missing: expected the {spec.metadata['help']}")
     return section(**{name: _convert(f"{prefix}.{name}", value, hints[name]) for name, value in values.items()})
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, which is bool, int, float, str, or one of them or None."""
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in allowed:
+    """`value` as the type `hint`: bool, int, float, str, a budget, a list or mapping of them, or None if allowed."""
+    optional = type(None) in typing.get_args(hint)
+    if value is None and optional:
         return None
-    kind = allowed[0]
-    # YAML 1.1 reads 3e-4, without a point, as text.
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    raise RecipeError(f"{key}={value!r}: expected {words}{' or null' if type(None) in allowed else ''}")
+    kind = _without_none(hint)
+    origin = typing.get_origin(kind)
+    if origin is list and isinstance(value, list):
+        (inner,) = typing.get_args(kind)
+        return [_convert(f"{key}[{place}]", each, inner) for place, each in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        inner = typing.get_args(kind)[1]
+        return {str(name): _convert(f"{key}[{name}]", each, inner) for name, each in value.items()}
+    if kind == Budget:
+        return _budget(key, value)
+    if kind in WORDS:
+        return convert(key, value, hint, RecipeError)
+    raise RecipeError(f"{key}={value!r}: expected {_type_name(kind)}{' or null' if optional else ''}")
+
+
+def _without_none(hint: Any) -> Any:
+    if hint == Budget or not isinstance(hint, types.UnionType):
+        return hint
+    kept = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kept[0]
+
+
+def _type_name(hint: Any) -> str:
+    """A type in words."""
+    if hint == Budget:
+        return "a budget"
+    if isinstance(hint, types.UnionType):
+        return f"{_type_name(_without_none(hint))} or null"
+    if typing.get_origin(hint) is list:
+        return "a list"
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
+    return WORDS[hint]
+
+
+def _budget(key: str, value: Any) -> Budget:
+    try:
+        parse_budget(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{key}: {error}") from None
+    result: Budget = value
+    return result
 
 
 def _check_data(data: DataSection) -> DataSection:
-    for name in ("eval_blocks", "final_eval_blocks"):
-        count = getattr(data, name)
-        if count is not None and count < 1:
-            raise RecipeError(f"data.{name}={count}: expected at least 1, or null for all")
+    if (data.path is None) == (data.mixture is None):
+        raise RecipeError("data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote")
+    if data.mixture is not None and (not data.mixture or not min(data.mixture.values()) > 0):
+        raise RecipeError(f"data.mixture={data.mixture}: expected folders with weights above 0")
+    _check_counts("data", data, "eval_blocks", "final_eval_blocks")
     return data
 
 
-def _check_ranges(training: TrainingSection) -> TrainingSection:
-    for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "keep_checkpoints"):
-        if getattr(training, name) < 1:
-            raise RecipeError(f"training.{name}={getattr(training, name)}: expected at least 1")
+def _check_fine_tuning(data: FineTuningSection) -> FineTuningSection:
+    _check_counts("data", data, "eval_rows", "final_eval_rows")
+    if data.max_length < 2:
+        raise RecipeError(f"data.max_length={data.max_length}: expected at least 2, a token and the next")
+    if not 0 < data.validation_fraction < 1:
+        raise RecipeError(f"data.validation_fraction={data.validation_fraction}: expected more than 0 and less than 1")
+    return data
+
+
+def _check_counts(prefix: str, section: Any, *names: str) -> None:
+    for name in names:
+        count = getattr(section, name)
+        if count is not None and count < 1:
+            raise RecipeError(f"{prefix}.{name}={count}: expected at least 1{', or null for all' * (prefix == 'data')}")
+
+
+def _check_training(training: TrainingSection) -> TrainingSection:
+    _check_counts("training", training, "steps", "batch_size", "micro_batch_size", "keep_checkpoints")
+    _check_counts("training", training, "log_every", "eval_every", "save_every")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(training, name) > 0:
             raise RecipeError(f"training.{name}={getattr(training, name)}: expected a number above 0")
@@ -196,16 +374,24 @@ def _check_ranges(training: TrainingSection) -> TrainingSection:
             f"training.warmup_fraction={shares[0]}, training.decay_fraction={shares[1]}: expected shares of the "
             "steps, at least 0 and together at most 1"
         )
+    if training.precision not in PRECISIONS:
+        raise RecipeError(f"training.precision={training.precision!r}: expected one of {', '.join(PRECISIONS)}")
+    for name in ("training_budgets", "eval_budgets"):
+        if getattr(training, name) == []:
+            raise RecipeError(f"training.{name}=[]: expected budgets, such as [1, 2], or null")
+    _check_reporters(training.report_to)
     return training
+
+
+def _check_reporters(reporters: list[str]) -> None:
+    from importlib.util import find_spec
+
+    for name in reporters:
+        if name not in REPORTERS:
+            raise RecipeError(f"training.report_to={name!r}: expected one of {', '.join(REPORTERS)}")
+        if find_spec(name) is None:
+            raise RecipeError(f"training.report_to={name!r}: expected it to be installed: pip install {name}")
 
 
 def _names(section: type) -> list[str]:
     return [spec.name for spec in fields(section)]
-
-
-def _known(name: str, known: list[str], what: str, prefix: str = "") -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
-    raise RecipeError(f"unknown {what} {prefix}{name}: {hint}")

@@ -1,31 +1,41 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model (Design 5.2)."""
 
 import json
-import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+import yaml
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from thoughtbubbles.accounting import count_parameters, training_flops
+import thoughtbubbles
+from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.data import PreparedData, load_prepared
-from thoughtbubbles.files import replacing, write_text
-from thoughtbubbles.modeling import IGNORE_INDEX, ThoughtbubblesForCausalLM
-from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay
-from thoughtbubbles.training.recipe import Recipe, RecipeError, TrainingSection
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.files import partial_path, replacing, sole_user, write_text
+from thoughtbubbles.loading import check_tokenizer, load_config, load_weights
+from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.progress import say
+from thoughtbubbles.sharing import write_model_card
+from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
+from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound
+from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
+from thoughtbubbles.training.recipe import Recipe, RecipeError, differences
+from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
+from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full
 
 SUMMARY_NAME = "summary.json"
 RECIPE_NAME = "recipe.yaml"
 METRICS_NAME = "metrics.jsonl"
+RUN_NAME = "run.json"
+LOCK_NAME = ".lock"
+CHECKPOINTS_NAME = "checkpoints"
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,10 @@ class RunSummary:
         tokens: seen in training.
         training_flops: by `thoughtbubbles.accounting`.
         tokens_per_second: in training, evaluations and checkpoints left out, since the last start.
-        eval_loss: nats per token, one forward a block, over all validation blocks or `data.final_eval_blocks`.
+        eval_loss: nats per token, one forward a row, over all validation rows or as many as the recipe says.
         eval_perplexity: exp of it.
-        eval_leaks: whether that loss is not the likelihood of a left-to-right model (routing `topk`).
+        eval_losses: of each corpus and at each further budget, named as in metrics.jsonl.
+        eval_leaks: whether these losses are not the likelihood of a left-to-right model (routing `topk`).
         routing: of the model.
         budget: of the model.
     """
@@ -52,6 +63,7 @@ class RunSummary:
     tokens_per_second: float
     eval_loss: float
     eval_perplexity: float
+    eval_losses: dict[str, float]
     eval_leaks: bool
     routing: str
     budget: str
@@ -66,146 +78,221 @@ class RunSummary:
         return cls(**json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8")))
 
 
-def train(recipe: Recipe, resume: bool = False, progress: bool = True) -> RunSummary:
-    """Train a model as a recipe says.
+def train(recipe: Recipe, progress: bool = True) -> RunSummary:
+    """Train a model as a recipe says, or go on with a run that was interrupted.
 
-    Leaves in `training.output`: recipe.yaml (every default spelled out), metrics.jsonl, checkpoints/, model/ (the
-    trained model and its tokenizer) and, last, summary.json.
+    Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity and the
+    libraries' versions), metrics.jsonl, checkpoints/, model/ (the trained model and its tokenizer) and, last,
+    summary.json. If the folder holds an unfinished run of this recipe, it goes on from its newest sound checkpoint,
+    and its metrics are those of a run that was never interrupted; a finished one is returned as it is.
+
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop.
 
     Args:
-        resume: go on from the last checkpoint; a finished run is returned as it is.
         progress: show progress on standard error.
 
     Raises:
-        InputError: for data or model fields that cannot be used, an output folder that holds a run (without
-            `resume`), or a run of another recipe (with it).
+        InputError: for data or model fields that cannot be used, or an output folder that holds something else, a
+            run of another recipe or on other data, or a run that another process is at.
+        RunError: if the disk is full, or the loss or its gradient is not finite.
+        RunInterrupted: after a signal, when everything is saved.
     """
-    data = load_prepared(recipe.data.path)
+    data = load_run_data(recipe, progress)
     config = build_config(recipe, data)
-    _check_enough_blocks(recipe, data)
     output = Path(recipe.training.output)
-    if not _open_output(recipe, output, resume):
-        return RunSummary.read(output)
-    transformers_logging.disable_progress_bar()
-    set_seed(recipe.training.seed)
-    model = ThoughtbubblesForCausalLM(config)
-    if recipe.training.gradient_checkpointing:
-        # transformers 5.23 renamed it, 5.17 knows the older name alone.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    trainer, metrics = _build_trainer(recipe, model, data, output, progress)
+    arguments = build_arguments(recipe, output)
+    main = arguments.process_index == 0
+    progress = progress and main
+    with stop_on_signals() as stop, _opened(recipe, data, output, arguments) as finished, _full_disk_said(output):
+        if finished is not None:
+            say(f"{output} holds a finished run of this recipe: nothing to do", progress)
+            return finished
+        checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
+        if checkpoint is not None:
+            say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
+        transformers_logging.disable_progress_bar()
+        set_seed(recipe.training.seed)
+        model = build_model(recipe, config)
+        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress)
+        metrics = _run(trainer, data, stop)
+        summary = _summarise(trainer, metrics)
+        _save_model(trainer, output, summary)
+        if trainer.is_world_process_zero():
+            summary.write(output)
+        return summary
+
+
+def _run(trainer: BubbleTrainer, data: RunData, stop: StopRequest) -> dict[str, float]:
+    """Train to the end and evaluate."""
+    start = trainer.checkpoint
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output / "checkpoints")) if resume else None)
+        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise interrupted(stop, trainer.state.global_step)
+        return trainer.measure(data.final_eval_rows)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressDisplay):
                 callback.close()
-    _save_model(trainer, output)
-    summary = _summarise(config, trainer, _first(data.validation, recipe.data.final_eval_blocks), metrics)
-    summary.write(output)
-    return summary
 
 
-def build_config(recipe: Recipe, data: PreparedData) -> ThoughtbubblesConfig:
-    """The model's configuration, completed from its data.
+@contextmanager
+def _opened(recipe: Recipe, data: RunData, output: Path, arguments: TrainingArguments) -> Iterator[RunSummary | None]:
+    """The folder, made ready for the run and locked while it lasts; the summary if it holds the finished run."""
+    stored = output / RECIPE_NAME
+    if arguments.process_index > 0:
+        torch.distributed.barrier()
+        yield RunSummary.read(output) if (output / SUMMARY_NAME).exists() else None
+        return
+    if not stored.exists() and output.exists() and any(path.name != LOCK_NAME for path in output.iterdir()):
+        raise RecipeError(f"training.output={output}: expected an empty or new folder, or that of a run to go on with")
+    output.mkdir(parents=True, exist_ok=True)
+    with sole_user(output / LOCK_NAME) as alone:
+        if not alone:
+            raise RecipeError(f"training.output={output} is in use by another run: expected a folder of its own")
+        if stored.exists():
+            _check_same_run(recipe, data, output)
+        else:
+            facts = {
+                "data": data.identity,
+                "thoughtbubbles": thoughtbubbles.__version__,
+                "python": platform.python_version(),
+            }
+            versions = {library: version(library) for library in LIBRARIES}
+            write_text(output / RUN_NAME, json.dumps({**facts, **versions}, indent=2) + "\n")
+            write_text(stored, recipe.to_yaml())
+        (output / CHECKPOINTS_NAME).mkdir(exist_ok=True)
+        clear_leavings(output / CHECKPOINTS_NAME)
+        if arguments.world_size > 1:
+            torch.distributed.barrier()
+        yield RunSummary.read(output) if (output / SUMMARY_NAME).exists() else None
+
+
+def _check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
+    """Refuse to go on with a run of another recipe or on other data.
 
     Raises:
-        RecipeError: for a bad model field, a vocabulary smaller than the data's, or a block longer than the
-            longest row of the model.
+        RecipeError: saying what differs.
     """
-    manifest = data.manifest
-    tokenizer = data.tokenizer()
-    fields = {
-        "vocab_size": manifest.vocab_size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **recipe.model,
-    }
-    preset = fields.pop("preset", None)
-    if preset is None:
-        fields.setdefault("max_position_embeddings", manifest.block_size)
-    try:
-        config = ThoughtbubblesConfig.preset(preset, **fields) if preset else ThoughtbubblesConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model.{error}") from None
-    for field, needed in (("vocab_size", manifest.vocab_size), ("max_position_embeddings", manifest.block_size)):
-        if getattr(config, field) < needed:
-            raise RecipeError(f"model.{field}={getattr(config, field)}: expected at least {needed}, as in {data.path}")
-    return config
-
-
-def _check_enough_blocks(recipe: Recipe, data: PreparedData) -> None:
-    if len(data.train) < recipe.training.batch_size:
+    stored = yaml.safe_load((output / RECIPE_NAME).read_text(encoding="utf-8"))
+    if changed := list(differences(stored, yaml.safe_load(recipe.to_yaml()))):
+        raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")
+    if json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["data"] != data.identity:
         raise RecipeError(
-            f"training.batch_size={recipe.training.batch_size}: expected at most the {len(data.train)} train blocks "
-            f"of {data.path}"
+            f"training.output={output} holds a run on other data: {data.source} has changed since, expected "
+            "another output"
         )
 
 
-def _open_output(recipe: Recipe, output: Path, resume: bool) -> bool:
-    """Make the folder ready for a run; False if it holds a finished one to return."""
-    stored = output / RECIPE_NAME
-    if not stored.exists():
-        if output.exists() and any(output.iterdir()):
-            raise RecipeError(f"training.output={output}: expected an empty or new folder, or that of a run to resume")
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(stored, recipe.to_yaml())
-        return True
-    if not resume:
-        raise RecipeError(f"training.output={output} holds a run: resume it with --resume, or choose another folder")
-    if (text := stored.read_text(encoding="utf-8")) != recipe.to_yaml():
-        lines = zip(text.splitlines(), recipe.to_yaml().splitlines(), strict=False)
-        changed = next((f"{old.strip()!r} is now {new.strip()!r}" for old, new in lines if old != new), "keys differ")
-        raise RecipeError(f"training.output={output} holds a run of another recipe: {changed}")
-    return not (output / SUMMARY_NAME).exists()
+@contextmanager
+def _full_disk_said(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error, output):
+            raise disk_full(output / CHECKPOINTS_NAME) from error
+        raise
 
 
-class _Trainer(Trainer):
-    """The Trainer with weight decay on matrices alone."""
+def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
+    """The model's configuration, completed from its data.
 
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters of two or more dimensions."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    Raises:
+        InputError: for a bad model field, a vocabulary smaller than the data's, or a row of data longer than the
+            longest of the model.
+    """
+    fields = dict(recipe.model)
+    preset, pretrained = fields.pop("preset", None), fields.pop("pretrained", None)
+    if pretrained is None:
+        tokenizer = data.tokenizer
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        fields = {"vocab_size": data.vocab_size, **ids, **fields}
+        if preset is None:
+            fields.setdefault("max_position_embeddings", data.longest)
+    try:
+        if pretrained is not None:
+            config = load_config(pretrained, **fields)
+            check_tokenizer(pretrained, data.tokenizer, data.source)
+        elif preset is not None:
+            config = ThoughtbubblesConfig.preset(preset, **fields)
+        else:
+            config = ThoughtbubblesConfig(**fields)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.{error}") from None
+    for field, needed in (("vocab_size", data.vocab_size), ("max_position_embeddings", data.longest)):
+        if getattr(config, field) < needed:
+            raise RecipeError(
+                f"model.{field}={getattr(config, field)}: expected at least {needed}, as in {data.source}"
+            )
+    return config
 
 
-def _build_trainer(
-    recipe: Recipe, model: ThoughtbubblesForCausalLM, data: PreparedData, output: Path, progress: bool
-) -> tuple[Trainer, MetricsWriter]:
-    config, settings = model.config, recipe.training
-    block = data.manifest.block_size
-    flops = settings.batch_size * training_flops(config, block)
-    metrics = MetricsWriter(output / METRICS_NAME, settings.batch_size * block, flops)
-    callbacks: list[TrainerCallback] = [metrics]
+def build_model(recipe: Recipe, config: ThoughtbubblesConfig) -> ThoughtbubblesForCausalLM:
+    """A new model, or the one that the recipe starts from.
+
+    Raises:
+        InputError: for weights that cannot be loaded.
+    """
+    pretrained = recipe.model.get("pretrained")
+    if pretrained is None:
+        model = ThoughtbubblesForCausalLM(config)
+    else:
+        # Masters in float32, whatever was saved: updates of bfloat16 weights get lost in rounding.
+        model = load_weights(pretrained, config=config, dtype=torch.float32)
+    if recipe.training.gradient_checkpointing:
+        # transformers 5.23 renamed it, 5.17 knows the older name alone.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: ThoughtbubblesForCausalLM,
+    data: RunData,
+    arguments: TrainingArguments,
+    checkpoint: Checkpoint | None = None,
+    stop: StopRequest | None = None,
+    progress: bool = False,
+) -> BubbleTrainer:
+    """The Trainer of a run with its callbacks."""
+    output = Path(recipe.training.output)
+    callbacks: list[TrainerCallback] = [MetricsWriter(output / METRICS_NAME)]
     if progress:
         callbacks.append(ProgressDisplay(output.name))
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(settings, output),
-        data_collator=collate_blocks,
-        train_dataset=_whole_batches(data, settings.batch_size),
-        eval_dataset=_first(data.validation, recipe.data.eval_blocks),
-        processing_class=data.tokenizer(),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer, metrics
+    if checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every):
+        # A signal came during that evaluation.
+        arguments.eval_on_start = True
+    if "tensorboard" in recipe.training.report_to:
+        callbacks.append(_tensorboard(output, 0 if checkpoint is None else checkpoint.step))
+    return BubbleTrainer(recipe, model, data, arguments, checkpoint, stop or StopRequest(), callbacks)
 
 
-def _whole_batches(data: PreparedData, batch_size: int) -> "Dataset":
-    """The train blocks but for the few at the end that would make a smaller batch in every epoch."""
-    return data.train.select(range(len(data.train) // batch_size * batch_size))
+def _was_evaluated(output: Path, step: int, every: int) -> bool:
+    if step % every:
+        return True
+    return any("eval_loss" in row for row in read_metrics(output / METRICS_NAME) if row["step"] == step)
 
 
-def _first(blocks: "Dataset", count: int | None) -> "Dataset":
-    return blocks if count is None else blocks.select(range(min(count, len(blocks))))
+def _tensorboard(output: Path, step: int) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    # What an interrupted run wrote after its last checkpoint is not shown.
+    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=step + 1))
 
 
-def _arguments(settings: TrainingSection, output: Path) -> TrainingArguments:
-    warmup = round(settings.warmup_fraction * settings.steps)
-    return TrainingArguments(
-        output_dir=str(output / "checkpoints"),
+def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
+    """The Trainer's arguments.
+
+    Raises:
+        RecipeError: if the processes cannot share the batch.
+    """
+    settings = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(output / CHECKPOINTS_NAME),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -217,7 +304,9 @@ def _arguments(settings: TrainingSection, output: Path) -> TrainingArguments:
             "num_decay_steps": round(settings.decay_fraction * settings.steps),
             "decay_type": "linear",
         },
-        warmup_steps=warmup,
+        warmup_steps=round(settings.warmup_fraction * settings.steps),
+        bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and _gpu_has_bfloat16()),
+        use_cpu=not torch.accelerator.is_available(),
         logging_strategy="steps",
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
@@ -226,47 +315,63 @@ def _arguments(settings: TrainingSection, output: Path) -> TrainingArguments:
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=settings.save_every,
-        save_total_limit=settings.keep_checkpoints,
+        ignore_data_skip=True,  # the data begins where the run stands
         seed=settings.seed,
-        # The order of the blocks then depends on the seed alone, not on how many random numbers a model's
-        # initialisation drew: variants of one seed see the same data.
-        data_seed=settings.seed,
+        run_name=str(output),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=[name for name in settings.report_to if name != "tensorboard"],
         log_level="error",
     )
+    # A process uses one device; torchrun starts more.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    micro, passes = check_batch(recipe, arguments.world_size)
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
+    arguments.gradient_accumulation_steps = passes
+    return arguments
 
 
-def collate_blocks(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack blocks into a batch {"input_ids", "labels"}, both [B, T] int64.
-
-    The first token of a block is nobody's target: marked as such, it is not counted in the loss's denominator.
-    """
-    input_ids = torch.stack([block["input_ids"] for block in blocks])
-    labels = input_ids.clone()
-    labels[:, 0] = IGNORE_INDEX
-    return {"input_ids": input_ids, "labels": labels}
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _save_model(trainer: Trainer, output: Path) -> None:
-    with replacing(output / "model") as partial:
+def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:
+    main = trainer.is_world_process_zero()
+    with replacing(output / "model") if main else nullcontext(partial_path(output / "model")) as partial:
         trainer.save_model(str(partial))
-        (partial / "training_args.bin").unlink(missing_ok=True)
+        if main:
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            write_model_card(partial, trainer.config, _card_facts(trainer, summary), name=output.name)
 
 
-def _summarise(config: ThoughtbubblesConfig, trainer: Trainer, blocks: "Dataset", metrics: MetricsWriter) -> RunSummary:
-    steps = trainer.state.global_step
-    done = steps - metrics.first_step
-    loss = trainer.evaluate(blocks, metric_key_prefix="final")["final_loss"]
+def _card_facts(trainer: BubbleTrainer, summary: RunSummary) -> dict[str, str]:
+    leak = " (leaks: topk routing sees later tokens)" if summary.eval_leaks else ""
+    pretrained = trainer.recipe.model.get("pretrained")
+    return {
+        "Task": trainer.recipe.task,
+        **({} if pretrained is None else {"Started from": str(pretrained)}),
+        # The folders' names alone: their paths are nobody's business where the card is read.
+        "Data": ", ".join(Path(part).name for part in trainer.data.source.split(", ")),
+        "Steps": f"{summary.steps:,}",
+        "Tokens": f"{summary.tokens:,}",
+        "Training FLOPs": f"{summary.training_flops:.3g}",
+        "Validation loss": f"{summary.eval_loss:.4f} nats per token, perplexity {summary.eval_perplexity:.2f}{leak}",
+        "Seed": str(trainer.recipe.training.seed),
+    }
+
+
+def _summarise(trainer: BubbleTrainer, metrics: dict[str, float]) -> RunSummary:
+    config, steps = trainer.config, trainer.state.global_step
     return RunSummary(
         parameters=count_parameters(config),
         steps=steps,
-        tokens=steps * metrics.tokens_per_step,
-        training_flops=steps * metrics.flops_per_step,
-        tokens_per_second=done * metrics.tokens_per_step / metrics.train_seconds if done else 0.0,
-        eval_loss=loss,
-        eval_perplexity=math.exp(loss),
+        tokens=trainer.meter.tokens(steps),
+        training_flops=trainer.meter.flops(steps),
+        tokens_per_second=trainer.clock.mean_rate(trainer.meter.tokens(steps)),
+        eval_loss=metrics["eval_loss"],
+        eval_perplexity=metrics["eval_perplexity"],
+        eval_losses={name: value for name, value in metrics.items() if name.startswith("eval_loss/")},
         eval_leaks=config.routing == "topk",
         routing=config.routing,
         budget=str(config.exact_budget()),

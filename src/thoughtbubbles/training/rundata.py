@@ -1,0 +1,311 @@
+"""What a run trains on and is evaluated on, whatever its task."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from thoughtbubbles.data import DataError, PreparedData, load_prepared
+from thoughtbubbles.data.mixture import BlockMixture
+from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
+from thoughtbubbles.data.tokenizer import load_tokenizer, vocabulary_size
+from thoughtbubbles.loading import load_tokenizer as load_model_tokenizer
+from thoughtbubbles.modeling import IGNORE_INDEX
+from thoughtbubbles.progress import say
+from thoughtbubbles.training.recipe import DataSection, FineTuningSection, Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Batch = dict[str, Tensor]
+# Of the choice of held-out rows: the same for every training seed, so that runs can be compared.
+HOLD_OUT_SEED = 0
+
+
+class Rows(Protocol):
+    """A map-style dataset of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Samples(Rows, Protocol):
+    """The training examples of a whole run in their order.
+
+    Attributes:
+        uniform_length: tokens of every sample; None where they differ.
+    """
+
+    uniform_length: int | None
+
+    def describe(self, index: int) -> str:
+        """Where sample `index` comes from, for a person who wants to look at it."""
+
+    def length(self, index: int) -> int:
+        """Tokens of sample `index`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A set to evaluate on.
+
+    Attributes:
+        rows: all of it.
+        weight: its share in `eval_loss`.
+    """
+
+    rows: Rows
+    weight: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        samples: of training; sample i is the same whatever the number of processes.
+        validation: the sets to evaluate on, by name.
+        eval_rows: rows of each set in the evaluations on the way; None is all.
+        final_eval_rows: the same, at the end.
+        collate: makes a batch of rows.
+        tokenizer: to save with the model.
+        vocab_size: rows that an embedding needs.
+        longest: tokens of the longest row.
+        source: names the data in messages.
+        identity: of the data's content: a run is resumed on the same data only.
+    """
+
+    samples: Samples
+    validation: Mapping[str, Validation]
+    eval_rows: int | None
+    final_eval_rows: int | None
+    collate: Callable[[list[Any]], Batch]
+    tokenizer: "PreTrainedTokenizerFast"
+    vocab_size: int
+    longest: int
+    source: str
+    identity: str
+
+
+def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
+    """Open the data of a recipe.
+
+    Args:
+        progress: show how far the tokenising of rows is, and say which are not used.
+
+    Raises:
+        InputError: for data that cannot be used.
+    """
+    if isinstance(recipe.data, FineTuningSection):
+        # Every process reads the rows; one says so.
+        return _load_examples(recipe, recipe.data, progress and os.environ.get("RANK", "0") == "0")
+    return _load_blocks(recipe, recipe.data)
+
+
+class _Blocks(BlockMixture):
+    """Blocks of prepared corpora."""
+
+    def __init__(self, corpora: Sequence[PreparedData], weights: Sequence[float], seed: int, length: int) -> None:
+        super().__init__([corpus.train for corpus in corpora], weights, seed, length)
+        self._paths = [corpus.path for corpus in corpora]
+        self.uniform_length: int | None = corpora[0].manifest.block_size
+
+    def describe(self, index: int) -> str:
+        """The folder and the block."""
+        place = self.place(index)
+        return f"{self._paths[place.corpus]}/train[{place.block}]"
+
+    def length(self, index: int) -> int:
+        """Tokens of a block."""
+        assert self.uniform_length is not None
+        return self.uniform_length
+
+
+def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
+    weights = section.mixture or {str(section.path): 1.0}
+    corpora = [load_prepared(path) for path in weights]
+    first = corpora[0].manifest
+    for corpus in corpora[1:]:
+        _check_alike(corpora[0], corpus)
+    blocks = sum(len(corpus.train) for corpus in corpora)
+    if recipe.training.batch_size > blocks:
+        raise RecipeError(
+            f"training.batch_size={recipe.training.batch_size}: expected at most the {blocks} train blocks of "
+            f"{', '.join(weights)}"
+        )
+    samples = recipe.training.steps * recipe.training.batch_size
+    total = sum(weights.values())
+    names = _short_names([corpus.path for corpus in corpora])
+    shares = [weight / total for weight in weights.values()]
+    return RunData(
+        samples=_Blocks(corpora, shares, recipe.training.seed, samples),
+        validation={
+            name: Validation(corpus.validation, share)
+            for name, corpus, share in zip(names, corpora, shares, strict=True)
+        },
+        eval_rows=section.eval_blocks,
+        final_eval_rows=section.final_eval_blocks,
+        collate=collate_blocks,
+        tokenizer=corpora[0].tokenizer(),
+        vocab_size=first.vocab_size,
+        longest=first.block_size,
+        source=", ".join(weights),
+        identity=" ".join(corpus.manifest.fingerprint for corpus in corpora),
+    )
+
+
+def _check_alike(first: PreparedData, other: PreparedData) -> None:
+    ours, theirs = first.manifest, other.manifest
+    if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
+        raise DataError(
+            f"data.mixture: {other.path} was prepared with another tokenizer than {first.path}: expected the same one"
+        )
+    if ours.block_size != theirs.block_size:
+        raise DataError(
+            f"data.mixture: {other.path} has blocks of {theirs.block_size} tokens, {first.path} of {ours.block_size}: "
+            "expected the same size"
+        )
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' own names, or their whole paths where two of them are the same."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def collate_blocks(blocks: list[dict[str, Tensor]]) -> Batch:
+    """Stack blocks into a batch {"input_ids", "labels"}, both [B, T] int64.
+
+    The first token of a block is nobody's target: marked as such, it is not counted in the loss's denominator.
+    """
+    input_ids = torch.stack([block["input_ids"] for block in blocks])
+    labels = input_ids.clone()
+    labels[:, 0] = IGNORE_INDEX
+    return {"input_ids": input_ids, "labels": labels}
+
+
+class _Examples(BlockMixture):
+    """Examples of prompts and completions."""
+
+    def __init__(self, examples: Examples, seed: int, length: int) -> None:
+        super().__init__([examples], [1.0], seed, length)
+        self._examples = examples
+        self.uniform_length: int | None = None
+
+    def describe(self, index: int) -> str:
+        """The source and the row."""
+        return self._examples.describe(self.place(index).block)
+
+    def length(self, index: int) -> int:
+        """Tokens of an example."""
+        return self._examples.length(self.place(index).block)
+
+
+def _load_examples(recipe: Recipe, section: FineTuningSection, progress: bool) -> RunData:
+    tokenizer = _fine_tuning_tokenizer(recipe, section)
+    train, validation = _read_splits(section, tokenizer, progress)
+    settings = recipe.training
+    if settings.batch_size > len(train):
+        raise RecipeError(
+            f"training.batch_size={settings.batch_size}: expected at most the {len(train)} rows of {section.source} "
+            "to train on"
+        )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return RunData(
+        samples=_Examples(train, settings.seed, settings.steps * settings.batch_size),
+        validation={"validation": Validation(validation, 1.0)},
+        eval_rows=section.eval_rows,
+        final_eval_rows=section.final_eval_rows,
+        collate=partial(collate_examples, pad=pad),
+        tokenizer=tokenizer,
+        vocab_size=vocabulary_size(tokenizer),
+        longest=max(train.longest, validation.longest),
+        source=section.source,
+        identity=f"{train.fingerprint()} {validation.fingerprint()}",
+    )
+
+
+def _fine_tuning_tokenizer(recipe: Recipe, section: FineTuningSection) -> "PreTrainedTokenizerFast":
+    """The tokenizer that the recipe names, or that of the model to start from."""
+    if section.tokenizer is not None:
+        return load_tokenizer(section.tokenizer)
+    pretrained = recipe.model.get("pretrained")
+    if pretrained is None:
+        raise RecipeError(
+            "data.tokenizer is missing: expected a tokenizer's folder or hub name, or model.pretrained, whose own is "
+            "taken"
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_model_tokenizer(pretrained)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise DataError(f"model {pretrained}: expected a tokenizer with a tokenizer.json and an eos token beside it")
+    return tokenizer
+
+
+def _read_splits(
+    section: FineTuningSection, tokenizer: "PreTrainedTokenizerFast", progress: bool
+) -> tuple[Examples, Examples]:
+    """The examples to train on and those to evaluate on; no text is in both."""
+    prompt, completion = Template("data.prompt", section.prompt), Template("data.completion", section.completion)
+
+    def read(source: str) -> Examples:
+        found = read_examples(source, prompt, completion, tokenizer, section.max_length, progress)
+        if found.too_long:
+            rows = len(found) + found.too_long
+            limit = f"max_length={section.max_length}"
+            say(f"{source}: {found.too_long:,} of {rows:,} rows left out, longer than {limit}", progress)
+        return found
+
+    everything = read(section.source)
+    if section.validation_source is None:
+        return everything.split(section.validation_fraction, HOLD_OUT_SEED)
+    validation = read(section.validation_source)
+    train = everything.without(validation)
+    if common := len(everything) - len(train):
+        say(f"{section.source}: {common:,} rows left out, also in {section.validation_source}", progress)
+    return train, validation
+
+
+def collate_examples(examples: list[Example], pad: int) -> Batch:
+    """Pad examples on the right into a batch {"input_ids", "attention_mask", "labels"}, all [B, T] int64.
+
+    T is the longest example's length. The labels are IGNORE_INDEX on separators, prompts and padding.
+
+    Args:
+        pad: the token id that stands at padding.
+    """
+    shape = len(examples), max(len(example.tokens) for example in examples)
+    input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE_INDEX)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        tokens = torch.from_numpy(example.tokens.astype("int64"))
+        input_ids[row, : len(tokens)] = tokens
+        attention_mask[row, : len(tokens)] = 1
+        labels[row, example.border : len(tokens)] = tokens[example.border :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Rows of one forward pass on one device, and passes to accumulate for an optimizer step.
+
+    Raises:
+        RecipeError: if the batch cannot be split so.
+    """
+    batch, micro = recipe.training.batch_size, recipe.training.micro_batch_size
+    if batch % processes:
+        raise RecipeError(f"training.batch_size={batch}: expected a multiple of the number of processes, {processes}")
+    share = batch // processes
+    micro = min(micro or share, share)
+    if share % micro:
+        raise RecipeError(
+            f"training.micro_batch_size={micro}: expected a divisor of {share}, the rows of batch_size={batch} that "
+            f"each of {processes} process(es) gets"
+        )
+    return micro, share // micro
