@@ -1,6 +1,9 @@
 """The command as a user runs it, in processes of its own where the exit code matters."""
 
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 from tests.run_fixtures import RECIPE
 from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
 COMMANDS = ("prepare", "train", "perplexity", "generate")
 
@@ -128,7 +132,20 @@ def test_generate_marks_bubbles(tiny_run: Path) -> None:
         (["generate", "{run}", "--prompt", "zq zq zq zq zq zq zq zq zq zq"], "expected at most 15"),
         (["prepare", "{tmp}/out", "{tmp}/nowhere"], "nowhere"),
         (["prepare", "{tmp}/out", "--vocab-size", "5"], "5"),
+        (["prepare", "{tmp}/out", "{tmp}/rows.jsonl", "--text-field", "body"], "no field 'body': it has 'text'"),
+        (["prepare", "{tmp}/out", "{tmp}/empty.txt"], "has no documents"),
+        (["prepare", "{tmp}/out", "{tmp}/rows.jsonl", "--quiet"], "too few for one block of 512"),
+        (["prepare", "{tmp}/out", "{tmp}/rows.jsonl", "--tokenizer", "{tmp}"], "cannot be loaded by AutoTokenizer"),
+        (["prepare", "{tmp}/out", "hf:{tmp}?splt=x"], "unknown key 'splt', expected some of config, split"),
+        (["prepare", "{tmp}/out", "--recipe", "{tmp}/tiny.yaml"], "unknown key"),
         (["train", "{tmp}/none.yaml"], "none.yaml: no such file"),
+        (["train", "{tmp}/tiny.yaml", "training.stepps=3"], "did you mean training.steps?"),
+        (["train", "{tmp}/tiny.yaml", "model.vocab_size=100"], "model.vocab_size=100: expected at least 300"),
+        (["train", "{tmp}/tiny.yaml", "data.path={tmp}/nowhere"], "nowhere does not exist"),
+        (["train", "{tmp}/tiny.yaml", "training.output={run}", "training.steps=13"], "training.steps: 12 is now 13"),
+        (["train", "{tmp}/tiny.yaml", "task=sft"], "unknown key data.path"),
+        (["train", "{tmp}/tiny.yaml", "training.report_to=[wandb]"], "pip install wandb"),
+        (["perplexity", "{stranger}", "{data}"], "tokenised with another tokenizer than that of the model"),
         (["perplexity", "{tmp}", "{data}"], "expected a folder with config.json"),
         (["perplexity", "{run}", "{tmp}"], "manifest.json"),
         (["perplexity", "{run}", "{data}", "--budget", "0.5"], "budget='0.5': expected"),
@@ -147,6 +164,50 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
 ) -> None:
-    filled = [part.format(tmp=tmp_path, run=tiny_run, data=tiny_data.path) for part in arguments]
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "out"))
+    stranger = tmp_path / "stranger"
+    if "{stranger}" in arguments:
+        shutil.copytree(tiny_run / "model", stranger)
+        save_tokenizer(train_tokenizer(["another text"], 257), stranger)
+    filled = [part.format(tmp=tmp_path, run=tiny_run, data=tiny_data.path, stranger=stranger) for part in arguments]
     assert message in fail(capsys, monkeypatch, *filled)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_recipe_describes_every_section() -> None:
+    text = run("train", "--help-recipe")
+    for section in ("model:", "data (task: pretrain):", "data (task: sft):", "training:"):
+        assert f"\n{section}" in text
+
+
+def test_a_signal_ends_the_command_with_exit_code_0_and_the_next_start_goes_on(
+    tmp_path: Path, tiny_data: PreparedData
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "run"))
+    command = [sys.executable, "-m", "thoughtbubbles", "train", str(recipe), "training.steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "step " in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        messages = process.stderr.read()
+    assert process.returncode == 0, messages
+    assert re.search(
+        r"^thoughtbubbles: stopped by SIGTERM after step \d+, saved; start again to go on$", messages, re.M
+    )
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_run_that_cannot_go_on_is_one_line_and_exit_code_1(
+    tmp_path: Path, tiny_data: PreparedData, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["thoughtbubbles", "train", "--quiet", str(recipe), "training.learning_rate=1e30"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("thoughtbubbles: step ")

@@ -30,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "A trained model: the folder of a run, its model/ folder, or one that save_pretrained wrote."
-BUDGET_HELP = "Streams per token, such as 1, 1.5 or 2. [default: the model's own]"
+MODEL_HELP = "A trained model: the folder of a run, its model/ folder, one that save_pretrained wrote, or a hub name."
+BUDGET_HELP = "Streams per token, such as 1, 1.5 or 2; if not given, the model's own."
 
 
 @app.command()
@@ -43,8 +43,8 @@ def prepare(
         typer.Argument(
             help="Text files, folders, globs, .parquet or .jsonl files; hf:NAME or hf:NAME?KEY=VALUE&KEY=VALUE, a "
             "dataset of the Hugging Face hub or a folder laid out like one, with the keys config, split (train), "
-            "field, streaming (true) and revision; or `python-stdlib`, which is also taken if none is named: the "
-            "source text of the running Python's standard library.",
+            "field, streaming (true), revision and data_files; or `python-stdlib`, which is also taken if none is "
+            "named: the source text of the running Python's standard library.",
             show_default=False,
         ),
     ] = None,
@@ -170,7 +170,7 @@ def perplexity(
         str | None,
         typer.Option(
             help="`blockwise`: one forward over a block. `prefix`: each prediction from its prefix alone, about T / 2 "
-            "times the work. They agree but for routing topk, which leaks. [default: blockwise; both for topk]",
+            "times the work. They agree but for routing topk, which leaks. If not given, blockwise; both for topk.",
             show_default=False,
         ),
     ] = None,
@@ -186,7 +186,7 @@ def perplexity(
     from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.data import load_prepared
     from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
-    from thoughtbubbles.loading import load_model
+    from thoughtbubbles.loading import check_tokenizer, load_model
     from thoughtbubbles.progress import stage
 
     with _bad_input():
@@ -195,6 +195,7 @@ def perplexity(
     prepared = load_prepared(data)
     loaded = load_model(model)
     _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
+    check_tokenizer(model, prepared.tokenizer(), str(data))
     count = min(blocks or len(prepared.validation), len(prepared.validation))
     rows = prepared.validation[:count]["input_ids"]
     modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.routing == "topk")

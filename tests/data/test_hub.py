@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 from contextlib import closing
@@ -39,6 +40,26 @@ def read(hub: Path, query: str, text_field: str = "body") -> list[str | None]:
     return list(read_documents(resolve_source(f"hf:{hub}?{query}"), text_field))
 
 
+@STREAMING
+def test_files_of_a_format_are_named(tmp_path: Path, streaming: str) -> None:
+    for part in range(2):
+        with gzip.open(tmp_path / f"train-{part}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": f"{part}.{row}", "id": row}) + "\n" for row in range(3))
+    (tmp_path / "test.json").write_text('{"text": "other"}\n')
+    source = resolve_source(f"hf:json?data_files={tmp_path}/train-*.json.gz&streaming={streaming}")
+    assert list(read_documents(source, "text")) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
+    assert resolve_source(source.name) == source
+    assert [file.name for file in source.files()] == ["train-0.json.gz", "train-1.json.gz"]
+
+
+def test_some_files_of_a_dataset_are_named(hub: Path) -> None:
+    files = sorted(path.relative_to(hub).as_posix() for path in hub.rglob("*.parquet") if "train" in path.name)
+    assert len(files) > 1
+    texts = read(hub, f"data_files={files[0]}")
+    assert texts
+    assert len(texts) < len(read(hub, "data_files=**/*train*.parquet"))
+
+
 def test_every_part_of_a_name_is_read() -> None:
     everything = "hf:a/b?config=c&split=s&field=f&streaming=false&revision=refs/convert/parquet"
     source = parse_name(everything)
@@ -54,7 +75,11 @@ def test_every_part_of_a_name_is_read() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf:a/b?cofnig=c", "unknown key 'cofnig', expected some of config, split, field, streaming, revision"),
+        (
+            "hf:a/b?cofnig=c",
+            "unknown key 'cofnig', expected some of config, split, field, streaming, revision, ",
+        ),
+        ("hf:json", "expected data_files, since json is a format of files"),
         ("hf:a/b?streaming=1", "streaming='1': expected true or false"),
         ("hf:a/b?split", "expected key=value after the question mark"),
         ("hf:a/b?split=", "split is empty, expected a value"),

@@ -238,11 +238,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, tiny_run: Path, t
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.txt"}
 
 
+def test_a_run_may_be_moved(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert train(tiny_recipe(tmp_path, tiny_data.path), progress=False) == RunSummary.read(tiny_run)
+
+
 def test_a_run_on_other_data_is_refused(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**facts, "data": "another"}))
-    (run / "recipe.yaml").write_text(tiny_recipe(tmp_path, tiny_data.path).to_yaml())
     with pytest.raises(RecipeError, match=r"holds a run on other data: .* has changed since"):
         train(tiny_recipe(tmp_path, tiny_data.path), progress=False)
 

@@ -4,7 +4,7 @@ import glob
 import os
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def resolve_source(source: str | Mapping[str, Any]) -> Source:
 
     Args:
         source: `python-stdlib`, a file, a folder (every file of a known suffix below it, hidden ones apart), a glob,
-            a dataset of the hub as `hf:NAME?config=C&split=S&field=F&streaming=true&revision=R`; or a mapping with
-            `path` and perhaps `field`, or with `hub` and perhaps the other fields of `HubSource`.
+            a dataset of the hub as `hf:NAME?config=C&split=S&field=F`, with any fields of `HubSource`; or a mapping
+            with `path` and perhaps `field`, or with `hub` and perhaps the other fields of `HubSource`.
 
     Raises:
         DataError: nothing there, no file of a known suffix, a file of an unknown one, or an unknown key.
@@ -86,7 +86,7 @@ def check_different(sources: Sequence[Source]) -> None:
         parts: tuple[object, ...] = (
             source.files
             if isinstance(source, FileSource)
-            else ((source.folder or source.dataset, source.config, source.split, source.field, source.revision),)
+            else (replace(source, dataset=str(source.folder or source.dataset), streaming=True),)
         )
         for part in parts:
             if part in owners:

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub as sources, or folders laid out like them: names, loading, rows in order."""
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Not datasets but ways to read files.
+FORMATS = ("json", "parquet", "csv", "text", "arrow")
 TRUE_OR_FALSE = {"true": True, "false": False}
 
 
@@ -31,6 +34,8 @@ class HubSource:
         field: the field of its rows that holds the text; None is the one of the whole preparation.
         streaming: read it from the network as it is needed, and keep nothing; otherwise it is downloaded first.
         revision: the branch, tag or commit; None is the newest.
+        data_files: the files to read, a path or glob within the dataset; None is all. With a format such as `json` as
+            the dataset, any path or address, as in hf://datasets/NAME/FOLDER/*.json.gz.
     """
 
     dataset: str
@@ -39,13 +44,14 @@ class HubSource:
     field: str | None = None
     streaming: bool = True
     revision: str | None = None
+    data_files: str | None = None
 
     @property
     def name(self) -> str:
         """The source in one string, as `parse` reads it; what has its default value is left out."""
         given = {key: value for key in KEYS if (value := getattr(self, key)) != DEFAULTS[key]}
         words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
-        return PREFIX + self.dataset + ("?" + urlencode(words, safe="/") if words else "")
+        return PREFIX + self.dataset + ("?" + urlencode(words, safe="/*:") if words else "")
 
     @property
     def kind(self) -> str:
@@ -59,9 +65,9 @@ class HubSource:
         return path.resolve() if path.is_dir() else None
 
     def files(self) -> tuple[Path, ...]:
-        """The files of a local folder, sorted; none for a dataset on the hub."""
+        """The files of a local folder, or local files that were named, sorted; none for a dataset on the hub."""
         if self.folder is None:
-            return ()
+            return tuple(Path(name).resolve() for name in sorted(glob.glob(self.data_files or "")))  # noqa: PTH207
         found = (Path(folder, leaf) for folder, _, leaves in os.walk(self.folder) for leaf in leaves)
         return tuple(sorted(file for file in found if not _is_hidden(file.relative_to(self.folder))))
 
@@ -71,7 +77,7 @@ KEYS = tuple(DEFAULTS)[1:]
 
 
 def parse_name(name: str) -> HubSource:
-    """Read `hf:NAME?config=C&split=S&field=F&streaming=true&revision=R`; all after NAME may be left out.
+    """Read `hf:NAME?config=C&split=S&field=F&streaming=true&revision=R&data_files=G`; all after NAME may be left out.
 
     Raises:
         DataError: an unknown key, a value that cannot be used, or no such folder.
@@ -104,6 +110,8 @@ def make_source(dataset: str, values: Mapping[str, Any], name: str) -> HubSource
         convert(f"source {name!r}: {key}", value, bool if key == "streaming" else str, DataError)
         if value == "":
             raise DataError(f"source {name!r}: {key} is empty, expected a value")
+    if dataset in FORMATS and "data_files" not in values:
+        raise DataError(f"source {name!r}: expected data_files, since {dataset} is a format of files")
     source = HubSource(dataset, **values)
     if not dataset or (source.folder is None and not NAME.fullmatch(dataset)):
         raise DataError(f"source {name!r}: {dataset!r} is not a folder, and no name of a dataset on the hub")
@@ -112,7 +120,7 @@ def make_source(dataset: str, values: Mapping[str, Any], name: str) -> HubSource
 
 def newest_commit(source: HubSource) -> str | None:
     """The commit at which the hub has the dataset now; None for a folder, or if the hub does not say."""
-    if source.folder is not None:
+    if source.folder is not None or source.dataset in FORMATS:
         return None
     from huggingface_hub import HfApi
 
@@ -209,6 +217,7 @@ def _load(source: HubSource, progress: bool) -> "Dataset | IterableDataset":
                 split=source.split,
                 streaming=source.streaming,
                 revision=source.revision,
+                data_files=source.data_files,
             )
     except Exception as error:  # the library raises a dozen kinds for an unknown name, config, split or network
         raise UnfinishedError(f"source {source.name!r} cannot be loaded: {one_line(error)}") from error

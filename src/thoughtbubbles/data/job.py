@@ -144,6 +144,7 @@ def _facts(source: Source) -> Any:
         "split": source.split,
         "field": source.field,
         "revision": source.revision,
+        "data_files": source.data_files,
         "files": _files(source.files()),
     }
 

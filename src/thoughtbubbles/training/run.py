@@ -175,7 +175,9 @@ def _check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
         RecipeError: saying what differs.
     """
     stored = yaml.safe_load((output / RECIPE_NAME).read_text(encoding="utf-8"))
-    if changed := list(differences(stored, yaml.safe_load(recipe.to_yaml()))):
+    ours = yaml.safe_load(recipe.to_yaml())
+    ours["training"]["output"] = stored["training"]["output"]  # a run may be moved
+    if changed := list(differences(stored, ours)):
         raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")
     if json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["data"] != data.identity:
         raise RecipeError(
