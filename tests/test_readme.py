@@ -8,16 +8,17 @@ import pytest
 from typer.testing import CliRunner
 
 from thoughtbubbles.cli import app
-from thoughtbubbles.data import PreparedData
+from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -26,12 +27,13 @@ def test_python_runs_and_prints_what_it_says(code: str, capsys: pytest.CaptureFi
     assert "torch.Size([2, 32, 1000])" in capsys.readouterr().out
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("thoughtbubbles ")]
+def commands(*pages: str) -> list[list[str]]:
+    texts = [block for page in pages for block in blocks("sh", page)]
+    lines = [line for block in texts for line in block.splitlines() if line.startswith("thoughtbubbles ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
+@pytest.mark.parametrize("command", commands(README, TRAINING), ids=lambda command: command[0])
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
     result = CliRunner().invoke(app, [*command, "--help"])
@@ -40,10 +42,31 @@ def test_commands_are_understood(command: list[str]) -> None:
     assert all(option in result.output for option in options)
 
 
-def test_training_command_overrides_real_keys(tiny_data: PreparedData) -> None:
-    (train,) = [command for command in commands() if command[0] == "train"]
-    recipe = load_recipe(ROOT / train[1], [word for word in train[2:] if "=" in word])
-    assert recipe.training.steps == 500
+@pytest.mark.parametrize("page", [README, TRAINING], ids=["README", "training"])
+def test_training_commands_override_real_keys(page: str) -> None:
+    found = [command for command in commands(page) if command[0] == "train" and len(command) > 2]
+    assert found
+    for command in found:
+        recipe = load_recipe(ROOT / command[1], [word for word in command[2:] if "=" in word])
+        assert recipe.training.steps == 500
+
+
+@pytest.mark.parametrize("text", blocks("yaml", TRAINING))
+def test_recipes_of_the_guide_have_real_keys(tmp_path: Path, text: str) -> None:
+    needed = "" if "training:" in text else "training: {output: o, steps: 1}\n"
+    (tmp_path / "recipe.yaml").write_text(text + needed)
+    load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", ["step", "tokens", "flops", "loss", "perplexity", "learning_rate", "grad_norm"])
+def test_metrics_that_the_guide_names_are_written(tiny_run: Path, name: str) -> None:
+    rows = read_metrics(tiny_run / "metrics.jsonl")
+    assert f"`{name}`" in TRAINING
+    assert name in rows[0]
+    forks = {key.replace("/1/", "/L/") for key in rows[0] if key.startswith("forks/1/")}
+    assert {key for key in forks if "_q" not in key} | {"forks/L/log_score_q05"} <= set(
+        re.findall(r"`(.+?)`", TRAINING)
+    )
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make ([\w-]+)", README, re.MULTILINE))

@@ -34,6 +34,13 @@ def start(recipe: Recipe, log: Path) -> int:
     return child
 
 
+def wait_for_a_half_written_checkpoint(recipe: Recipe, seconds: float = 2.0) -> None:
+    """Until one is there, or for so long, should the run have ended."""
+    folder, end = Path(recipe.training.output) / "checkpoints", time.monotonic() + seconds
+    while time.monotonic() < end and not any(folder.glob(f".{PREFIX}*")):
+        pass
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_survives_being_killed_again_and_again(tmp_path: Path, tiny_data: PreparedData, kills: int) -> None:
@@ -45,18 +52,17 @@ def test_a_run_survives_being_killed_again_and_again(tmp_path: Path, tiny_data: 
     duration = time.monotonic() - began
     moments = random.Random(kills)
     log = tmp_path / "log"
-    halves = 0
-    for _ in range(kills):
+    for kill in range(kills):
         child = start(killed, log)
         # A fork goes through less than the run above, which may have been the first to import something.
         time.sleep(moments.uniform(0, 0.5 * duration))
+        if kill % 2:
+            wait_for_a_half_written_checkpoint(killed)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, log.read_text()
-        halves += any((tmp_path / "killed" / "run" / "checkpoints").glob(f".{PREFIX}*"))
     _, status = os.waitpid(start(killed, log), 0)
     assert status == 0, log.read_text()
     assert comparable(tmp_path / "killed" / "run") == comparable(tmp_path / "whole" / "run")
     summaries = [RunSummary.read(tmp_path / name / "run") for name in ("killed", "whole")]
     assert summaries[0].eval_loss == summaries[1].eval_loss
-    assert kills < 20 or halves > 0  # some of the kills hit the writing of a checkpoint
