@@ -287,6 +287,19 @@ def test_accumulated_batches_give_the_same_run(tmp_path: Path, tiny_data: Prepar
     assert curves[1] == pytest.approx(curves[0], rel=1e-10)
 
 
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    recomputed: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs) -> None:
+            model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+
+    train_with(tiny_recipe(tmp_path, tiny_data.path, "training.gradient_checkpointing=true"), Count())
+    assert comparable(tmp_path / "run") == comparable(tiny_run)
+    evaluated = 4 * math.ceil(len(tiny_data.validation) / 4)
+    assert len(recomputed) == 2 * 12 + evaluated
+
+
 def test_bfloat16_is_autocast(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     train(tiny_recipe(tmp_path, tiny_data.path, "training.precision=bfloat16"), progress=False)
     ours, exact = RunSummary.read(tmp_path / "run").eval_loss, RunSummary.read(tiny_run).eval_loss
