@@ -17,7 +17,7 @@ from thoughtbubbles.budget import Budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.gate import ForkGate
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.reference import ReferenceFork, reference_forward, route_causal, route_topk
+from thoughtbubbles.reference import ROUTERS, ReferenceFork, reference_forward
 from thoughtbubbles.streams import Streams
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -39,6 +39,12 @@ def tiny_config(**overrides: Any) -> ThoughtbubblesConfig:
         "fork_layers": [1, 2],
     }
     return ThoughtbubblesConfig(**{**shape, **overrides})
+
+
+def routed(name: str) -> Case:
+    """Fields of the configuration for a routing; `random-topk` is `random` by the rule `topk`."""
+    routing, _, rule = name.partition("-")
+    return {"routing": routing, **({"random_rule": rule} if rule else {})}
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -122,20 +128,24 @@ def recorded_scores(model: ThoughtbubblesForCausalLM) -> Iterator[dict[int, list
         hook.remove()
 
 
-def count_flips(fork: ReferenceFork, scores: list[float], routing: str, budget: Fraction) -> int:
+def count_flips(fork: ReferenceFork, scores: list[float], rule: str, budget: Fraction) -> int:
     """How many survivors of a fast path are not those that the reference chooses by its own scores (Design 3.10).
 
     The fast path must have chosen what the reference's router makes of the fast path's `scores`, and those may
-    be off by half the margin: then they decide otherwise only where the reference's margin is below it.
+    be off by half the margin: then they decide otherwise only where the reference's margin is below it. Hashes are
+    the same everywhere, and what they decide too.
     """
-    route = route_topk if routing == "topk" else route_causal
 
     def choose(scores: list[float]) -> list[int]:
-        return [c for c, survives in enumerate(route(scores, fork.candidate_tokens, fork.optional, budget)) if survives]
+        survive = ROUTERS[rule](scores, fork.candidate_tokens, fork.optional, budget)
+        return [c for c, survives in enumerate(survive) if survives]
 
     expected = fork.candidate_scores.tolist()
     assert all(abs(a - b) < MARGIN / 2 for a, b in zip(scores, expected, strict=True))
-    assert choose(scores) == fork.survivors
+    drawn = fork.rivals != expected
+    assert choose(fork.rivals if drawn else scores) == fork.survivors
+    if drawn:
+        return 0
     return len(set(choose(expected)) ^ set(fork.survivors))
 
 
@@ -163,10 +173,11 @@ def compare_with_reference(
         out = model(ids, attention_mask=mask, labels=labels, budget=budget, output_streams=True)
     survivors = survivors_of(out.streams, config.gated_layers)
     parameters = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    expected = reference_forward(config, parameters, ids, mask, labels, budget, survivors)
+    step = int(model.model.routing_step) if model.training else 0
+    expected = reference_forward(config, parameters, ids, mask, labels, budget, survivors, step)
     kappa = config.exact_budget(budget)
     flips = sum(
-        count_flips(fork, scores[layer][row], config.routing, kappa)
+        count_flips(fork, scores[layer][row], config.admission_rule, kappa)
         for row, forks in enumerate(expected.forks)
         for layer, fork in forks.items()
     )

@@ -17,6 +17,16 @@ from thoughtbubbles.reference import reference_forward
 
 LENGTH = 23
 BUDGETS = [1, 1.5, 2, 4]
+CONTROLS = [
+    {"routing": "random", "budget": 1.5, "routing_seed": 4},
+    {"routing": "random", "budget": 3.25},
+    {"routing": "uniform", "budget": 1.2},
+    {"routing": "uniform", "budget": 2},
+    {"routing": "copy", "budget": 3},
+    {"routing": "copy", "budget": 2, "copy_layer": 2},
+    {"routing": "pause", "budget": 3},
+]
+every_control = pytest.mark.parametrize("rules", CONTROLS, ids=str)
 
 
 def make(dtype: torch.dtype = torch.float64, **fields: object) -> Any:
@@ -79,14 +89,35 @@ def test_each_step_gives_the_logits_of_the_full_forward(budget: float, attenuati
     assert agree(in_chunks(model, ids, mask, [9, 1, 1, 5, 7]), full, mask)
 
 
+@every_control
+@pytest.mark.parametrize("attenuation", ["paper", "released"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_each_step_of_a_control(rules: dict[str, Any], attenuation: str, rows: int) -> None:
+    model = make(attenuation=attenuation, **rules)
+    ids, mask = ids_and_mask(rows)
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits
+    assert agree(in_chunks(model, ids, mask, [1] * LENGTH), full, mask)
+    assert agree(in_chunks(model, ids, mask, [LENGTH]), full, mask)
+    assert agree(in_chunks(model, ids, mask, [9, 1, 1, 5, 7]), full, mask)
+
+
 @pytest.mark.parametrize("merge", ["residual", "residual-normed", "probability", "root"])
-@pytest.mark.parametrize("routing", ["causal", "none"])
+@pytest.mark.parametrize("routing", ["causal", "none", "random", "uniform", "copy", "pause"])
 def test_every_merge_and_the_dense_model(merge: str, routing: str) -> None:
-    model = make(merge=merge, routing=routing)
+    model = make(merge=merge, routing=routing, budget=2 if routing in ("copy", "pause") else 1.5)
     ids, mask = ids_and_mask(4)
     with torch.no_grad():
         full = model(ids, attention_mask=mask).logits
     assert agree(in_chunks(model, ids, mask, [4, 1, 1, 8, 1, 8]), full, mask)
+
+
+@every_control
+def test_each_step_of_a_control_gives_the_logits_of_the_reference(rules: dict[str, Any]) -> None:
+    model = make(**rules)
+    ids, mask = ids_and_mask(2)
+    reference = reference_forward(model.config, dict(model.state_dict()), ids, mask)
+    assert agree(in_chunks(model, ids, mask, [6, *[1] * (LENGTH - 6)]), reference.logits, mask)
 
 
 @pytest.mark.parametrize("attenuation", ["paper", "released"])
@@ -161,6 +192,16 @@ def test_generate_is_the_same_with_and_without_the_cache(arguments: dict[str, ob
     assert torch.equal(*made)
 
 
+@every_control
+def test_beams_of_a_control_are_the_same_with_and_without_the_cache(rules: dict[str, Any]) -> None:
+    model = make(**rules)
+    ids, mask = ids_and_mask(3)
+    ids, mask = ids[:, :8], torch.ones_like(mask[:, :8])
+    mask[0, :3] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 20, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
 def test_generate_uses_the_cache_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widths = make(), []
     forward = model.model.forward
@@ -200,9 +241,10 @@ def test_streamer_stop_strings_and_pipeline(tiny_run: Path, capsys: pytest.Captu
     assert pipe("the", max_new_tokens=9, do_sample=False)[0]["generated_text"] == text
 
 
+@pytest.mark.parametrize("rules", [{}, *CONTROLS], ids=str)
 @pytest.mark.parametrize("keep", [0, 1, 9, 22])
-def test_crop_forgets_the_last_columns(keep: int) -> None:
-    model = make()
+def test_crop_forgets_the_last_columns(keep: int, rules: dict[str, Any]) -> None:
+    model = make(**rules)
     ids, mask = ids_and_mask(4)
     cache = StreamCache()
     in_chunks(model, ids, mask, [LENGTH], cache)
@@ -225,8 +267,9 @@ def test_crop_of_nothing_and_a_positive_number() -> None:
         cache.crop(3)
 
 
-def test_rows_can_be_reordered_selected_and_repeated() -> None:
-    model = make()
+@pytest.mark.parametrize("rules", [{}, *CONTROLS], ids=str)
+def test_rows_can_be_reordered_selected_and_repeated(rules: dict[str, Any]) -> None:
+    model = make(**rules)
     ids, mask = ids_and_mask(4)
     with torch.no_grad():
         full = model(ids, attention_mask=mask).logits
@@ -273,8 +316,15 @@ def test_row_buffer_lays_rows_at_their_own_places() -> None:
     assert buffer.read(5).tolist() == [[1, 2, 3, 7, 8], [4, 9, 10, 0, 0]]
 
 
-def test_a_topk_model_decodes_causally_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, causal = make(routing="topk", budget=2), make(routing="causal", budget=2)
+@pytest.mark.parametrize(
+    ("rules", "own"),
+    [({"routing": "causal"}, {"routing": "topk"}), ({"routing": "random"}, {"random_rule": "topk"})],
+    ids=["topk", "random-topk"],
+)
+def test_a_topk_model_decodes_causally_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, rules: dict[str, Any], own: dict[str, Any]
+) -> None:
+    model, causal = make(budget=2, **{**rules, **own}), make(budget=2, **rules)
     model.load_state_dict(causal.state_dict())
     ids = ids_and_mask(1)[0]
     library = logging.getLogger("transformers")
@@ -314,6 +364,12 @@ class TestBadInput:
     def test_another_model(self) -> None:
         with pytest.raises(ValueError, match="filled by a model of shape"):
             make(hidden_size=16)(torch.ones(3, 1, dtype=torch.int64), past_key_values=self.cache())
+
+    def test_a_model_that_copies(self) -> None:
+        with pytest.raises(ValueError, match="filled by a model of shape"):
+            make(routing="copy", budget=1)(
+                torch.ones(3, 1, dtype=torch.int64), past_key_values=self.cache(routing="none", budget=1)
+            )
 
     def test_another_class(self) -> None:
         with pytest.raises(ValueError, match="DynamicCache: expected a StreamCache"):

@@ -32,7 +32,10 @@ WRONG: list[tuple[tuple[str, ...], list[Any], str]] = [
     (("hidden_dropout",), [1.0, -0.1, "0", True, math.nan], "a probability in [0, 1)"),
     (("fork_layers",), [[16], [-1], [3, 3], [7, 3], 3, "3", [1.0], [True], [None]], LAYERS),
     (("budget",), [0.5, "abc", True, math.nan, math.inf, 2000, None], "a number of streams per token from 1 to 1024"),
-    (("routing",), ["top-k", None, ["causal"]], "one of causal, topk, none"),
+    (("routing",), ["top-k", None, ["causal"]], "one of causal, topk, none, copy, pause, random, uniform"),
+    (("random_rule",), ["uniform", None], "one of causal, topk"),
+    (("routing_seed",), [-1, 2**32, 1.0, True, None], "a whole number from 0 to 2^32 - 1"),
+    (("copy_layer",), [-1, 16, 1.0, True, None], "a 0-based layer below num_hidden_layers=16"),
     (("attenuation",), ["p", None, ["paper"]], "one of paper, released, none"),
     (("bos_token_id", "pad_token_id"), [50257, -2, True, "0", 1.0, [0]], "from 0 to 50256 (vocab_size - 1)"),
     (("eos_token_id",), [50257, -1, True, "0", [0, 50257], [None]], "from 0 to 50256 (vocab_size - 1)"),
@@ -71,6 +74,9 @@ def test_json_round_trip(tmp_path: Path, budget: Any) -> None:
         fork_layers=[0, 4],
         budget=budget,
         routing="topk",
+        random_rule="topk",
+        routing_seed=7,
+        copy_layer=2,
         attenuation="released",
         merge="root",
         tie_word_embeddings=False,
@@ -110,7 +116,8 @@ def test_default_fork_layers_are_valid_at_any_depth(layers: int) -> None:
 
 
 def test_routing_none_has_no_gates() -> None:
-    assert ThoughtbubblesConfig(routing="none").gated_layers == ()
+    for routing in ("none", "copy", "pause"):
+        assert ThoughtbubblesConfig(routing=routing).gated_layers == ()
     assert ThoughtbubblesConfig(fork_layers=[2, 5]).gated_layers == (2, 5)
 
 
@@ -171,3 +178,30 @@ def test_preset_takes_overrides() -> None:
 def test_unknown_preset_names_the_presets() -> None:
     with pytest.raises(ValueError, match=r"preset='150M': expected one of nano, .*150m"):
         ThoughtbubblesConfig.preset("150M")
+
+
+@pytest.mark.parametrize("routing", ["copy", "pause"])
+def test_budget_of_copies_is_whole(routing: str) -> None:
+    for budget in (1.5, "4/3"):
+        with pytest.raises(ValueError, match=f"budget={budget!r}: expected a whole number of streams per token, since"):
+            ThoughtbubblesConfig(routing=routing, budget=budget)
+    assert ThoughtbubblesConfig(routing=routing, budget="3.0").exact_budget() == 3
+    with pytest.raises(ValueError, match="since routing is"):
+        ThoughtbubblesConfig(routing=routing).exact_budget(2.5)
+
+
+def test_pause_has_vectors_for_the_configured_budget() -> None:
+    config = ThoughtbubblesConfig(routing="pause", budget=3)
+    assert config.exact_budget(2) == 2
+    with pytest.raises(ValueError, match="budget=4: expected at most 3, for which there are pause vectors"):
+        config.exact_budget(4)
+
+
+def test_layers_and_rules_of_the_controls() -> None:
+    rules = [("causal", "causal"), ("topk", "topk"), ("random", "causal"), ("uniform", "uniform")]
+    for routing, rule in rules:
+        config = ThoughtbubblesConfig(routing=routing, fork_layers=[3, 7])
+        assert (config.admission_rule, config.gated_layers, config.copied_layers) == (rule, (3, 7), ())
+    assert ThoughtbubblesConfig(routing="random", random_rule="topk").admission_rule == "topk"
+    assert ThoughtbubblesConfig(routing="copy", copy_layer=4).copied_layers == (4,)
+    assert ThoughtbubblesConfig(routing="pause", copy_layer=4).copied_layers == (0,)

@@ -26,6 +26,7 @@ from tests.helpers import (
     random_ids,
     random_model,
     relative_errors,
+    routed,
     survivors_of,
     tiny_config,
     tiny_model,
@@ -38,7 +39,7 @@ from thoughtbubbles.reference import reference_forward
 from thoughtbubbles.streams import Streams
 
 FACTORS: dict[str, list[Any]] = {
-    "routing": ["causal", "topk", "none"],
+    "routing": ["causal", "topk", "none", "random", "random-topk", "uniform"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],
     "budget": [1, 1.2, 1.5, 2, 3.25, 4],
@@ -46,6 +47,14 @@ FACTORS: dict[str, list[Any]] = {
     "padding": ["none", "left", "right", "holes"],
     "fork_layers": [[1, 2], [0, 1, 3], [0]],
 }
+COPIES: dict[str, list[Any]] = {
+    **FACTORS,
+    "routing": ["copy", "pause"],
+    "budget": [1, 2, 3],
+    "fork_layers": [[1]],
+    "copy_layer": [0, 2],
+}
+GATED = [routing for routing in FACTORS["routing"] if routing != "none"]
 EVERY_RULE = [
     pytest.param(attenuation, merge, id=f"{attenuation}-{merge}")
     for attenuation, merge in itertools.product(FACTORS["attenuation"], FACTORS["merge"])
@@ -56,9 +65,9 @@ EVERY_RULE = [
 
 
 def check_against_reference(case: Case, record_property: Callable[[str, object], None]) -> None:
-    rules = {name: case[name] for name in ("routing", "attenuation", "merge", "budget", "fork_layers")}
+    rules = {name: value for name, value in case.items() if name not in ("routing", "length", "padding")}
     seed = case["length"] + 100 * len(case["fork_layers"])
-    model = tiny_model(seed, **rules)
+    model = tiny_model(seed, **routed(case["routing"]), **rules)
     ids = random_ids(3, case["length"], seed)
     agreement = compare_with_reference(model, ids, padding_mask(case["padding"], *ids.shape))
     record_property("flips", agreement.flips)
@@ -67,14 +76,15 @@ def check_against_reference(case: Case, record_property: Callable[[str, object],
     assert max(agreement.gradients.values()) < 1e-3, agreement.gradients
 
 
-@pytest.mark.parametrize("case", all_pairs(FACTORS, times=2), ids=case_id)
+@pytest.mark.parametrize("case", all_pairs(FACTORS, times=2) + all_pairs(COPIES), ids=case_id)
 def test_model_equals_the_reference(case: Case, record_property: Callable[[str, object], None]) -> None:
     check_against_reference(case, record_property)
 
 
 def sample_of_the_grid(size: int) -> list[Case]:
     chooser = random.Random(0)
-    return [{name: chooser.choice(values) for name, values in FACTORS.items()} for _ in range(size)]
+    grids = [FACTORS] * size + [COPIES] * (size // 4)
+    return [{name: chooser.choice(values) for name, values in grid.items()} for grid in grids]
 
 
 @pytest.mark.long
@@ -85,7 +95,14 @@ def test_model_equals_the_reference_on_the_grid(case: Case, record_property: Cal
 
 @pytest.mark.parametrize(("attenuation", "merge"), EVERY_RULE)
 def test_float64_model_equals_the_reference_to_the_last_digits(attenuation: str, merge: str) -> None:
-    for routing, budget in (("causal", 1.5), ("topk", 1.2), ("causal", 1)):
+    for routing, budget in (
+        ("causal", 1.5),
+        ("topk", 1.2),
+        ("causal", 1),
+        ("random", 1.5),
+        ("uniform", 1.2),
+        ("copy", 2),
+    ):
         model = tiny_model(5, routing=routing, merge=merge, attenuation=attenuation, budget=budget).double()
         agreement = compare_with_reference(model, random_ids(2, 8), padding_mask("holes", 2, 8))
         assert agreement.flips == 0
@@ -95,8 +112,8 @@ def test_float64_model_equals_the_reference_to_the_last_digits(attenuation: str,
 
 def test_reference_alone_chooses_the_same_survivors() -> None:
     """The other tests hand the reference the model's survivors."""
-    for routing in ("causal", "topk"):
-        model, ids = tiny_model(5, routing=routing, budget=1.5).double(), random_ids(3, 9)
+    for routing in ("causal", "topk", "random", "random-topk", "uniform"):
+        model, ids = tiny_model(5, **routed(routing), budget=1.5).double(), random_ids(3, 9)
         mask = padding_mask("holes", 3, 9)
         out = model(ids, attention_mask=mask, output_streams=True)
         parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -237,15 +254,15 @@ def test_forks_happen_at_all() -> None:
     assert sizes.max() > 2
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("routing", GATED)
 def test_budget_of_one_admits_no_fork(routing: str) -> None:
-    streams = tiny_model(routing=routing, budget=1)(random_ids(2, 9), output_streams=True).streams
+    streams = tiny_model(**routed(routing), budget=1)(random_ids(2, 9), output_streams=True).streams
     assert all(s.is_root.all() for s in streams)
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("routing", GATED)
 def test_budget_beyond_all_candidates_lets_all_survive(routing: str) -> None:
-    streams = tiny_model(routing=routing)(random_ids(2, 9), budget=16, output_streams=True).streams
+    streams = tiny_model(**routed(routing))(random_ids(2, 9), budget=16, output_streams=True).streams
     assert (streams[1].bubble_sizes() == 2).all()
     assert (streams[-1].bubble_sizes() == 4).all()
 
@@ -270,10 +287,10 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("routing", ["causal", "topk", "none"])
+@pytest.mark.parametrize("routing", FACTORS["routing"])
 @pytest.mark.parametrize("merge", FACTORS["merge"])
 def test_padding_does_not_matter(routing: str, merge: str, place: str) -> None:
-    model = tiny_model(routing=routing, merge=merge, budget=1.5)
+    model = tiny_model(**routed(routing), merge=merge, budget=1.5)
     ids = random_ids(1, 7)
     padded, mask = put_at(ids[0], PLACES[place], 13, filler=4)
     expected, out = model(ids, output_streams=True), model(padded, attention_mask=mask, output_streams=True)
@@ -283,9 +300,9 @@ def test_padding_does_not_matter(routing: str, merge: str, place: str) -> None:
     assert out.logits.isfinite().all()
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("routing", GATED)
 def test_rows_do_not_matter_to_each_other(routing: str) -> None:
-    model = tiny_model(routing=routing, budget=1.5)
+    model = tiny_model(**routed(routing), budget=1.5)
     ids, mask = random_ids(4, 11), padding_mask("left", 4, 11)
     assert mask is not None
     together = model(ids, attention_mask=mask).logits
@@ -301,9 +318,9 @@ def test_a_mask_of_ones_is_no_mask() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 1.5, 2, 16])
-@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("routing", GATED)
 def test_a_row_of_one_token(routing: str, budget: float) -> None:
-    model = tiny_model(routing=routing, budget=budget)
+    model = tiny_model(**routed(routing), budget=budget)
     single = model(torch.tensor([[5]]), output_streams=True)
     for streams in single.streams:
         assert streams.is_root.sum() == 1
@@ -335,9 +352,9 @@ def test_a_row_of_padding_alone_is_harmless(merge: str) -> None:
 
 
 @pytest.mark.parametrize("attenuation", FACTORS["attenuation"])
-@pytest.mark.parametrize("routing", ["causal", "topk", "none"])
+@pytest.mark.parametrize("routing", FACTORS["routing"])
 def test_dead_slots_are_empty_at_every_layer(routing: str, attenuation: str) -> None:
-    model = tiny_model(routing=routing, attenuation=attenuation, budget=1.5)
+    model = tiny_model(**routed(routing), attenuation=attenuation, budget=1.5)
     ids, mask = random_ids(3, 11), padding_mask("holes", 3, 11)
     for streams in model(ids, attention_mask=mask, output_streams=True).streams:
         dead = ~streams.alive
@@ -412,9 +429,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.detach().float() - expected.detach()).norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("routing", GATED)
 def test_bfloat16_routes_and_trains(routing: str) -> None:
-    model, ids = tiny_model(routing=routing, budget=1.5).to(torch.bfloat16), random_ids(2, 13)
+    model, ids = tiny_model(**routed(routing), budget=1.5).to(torch.bfloat16), random_ids(2, 13)
     out = model(ids, labels=ids, output_streams=True)
     out.loss.backward()
     assert all(s.log_score.dtype == torch.float32 for s in out.streams)

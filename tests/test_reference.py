@@ -46,6 +46,9 @@ class Config:
     routing: str = "causal"
     attenuation: str = "paper"
     merge: str = "residual"
+    random_rule: str = "causal"
+    routing_seed: int = 0
+    copy_layer: int = 0
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from thoughtbubbles import reference
 from thoughtbubbles.budget import parse_budget
-from thoughtbubbles.routing import ROUTERS, Router, _count_smaller_before, route_causal, route_topk, width_after_routing
+from thoughtbubbles.controls import ROUTERS, route_uniform
+from thoughtbubbles.routing import Router, _count_smaller_before, route_causal, route_topk, width_after_routing
 
 SCORES = [0.0, -0.0, -0.5, -1.0, -1.5, -2.25, -20.0]
 BUDGETS = [1, "6/5", 1.2, 1.5, 2, 3.25, 1.0001, 4 / 3, 0.1 + 0.2 + 1, 5]
@@ -84,6 +85,12 @@ def test_causal_closed_form_equals_the_loops(row: Row, budget: Fraction) -> None
 @given(rows(), budgets)
 def test_topk_equals_the_loops(row: Row, budget: Fraction) -> None:
     assert survivors(route_topk, row, budget) == reference.route_topk(row.scores, row.tokens, row.optional, budget)
+
+
+@given(rows(), budgets)
+def test_uniform_equals_the_loops(row: Row, budget: Fraction) -> None:
+    expected = reference.route_uniform(row.scores, row.tokens, row.optional, budget)
+    assert survivors(route_uniform, row, budget) == expected
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
@@ -159,30 +166,46 @@ def test_routing_passes_no_gradient(router: Router) -> None:
     assert not router(scores.requires_grad_(), token, optional, alive, Fraction(2)).requires_grad
 
 
-# --- Promises of the causal router ---
+# --- Promises of the routers that see no later token ---
+
+causal_router = pytest.mark.parametrize("router", [route_causal, route_uniform], ids=["causal", "uniform"])
 
 
-@given(rows(), budgets)
-def test_survivors_of_every_prefix_keep_to_the_budget(row: Row, budget: Fraction) -> None:
-    survive = survivors(route_causal, row, budget)
+@causal_router
+@given(row=rows(), budget=budgets)
+def test_survivors_of_every_prefix_keep_to_the_budget(router: Router, row: Row, budget: Fraction) -> None:
+    survive = survivors(router, row, budget)
     for tokens in range(1, row.optional.count(False) + 1):
         assert sum(survive[: len(row.prefix(tokens).scores)]) <= math.floor(budget * tokens)
 
 
-@given(rows(min_tokens=2), st.data(), budgets)
-def test_changed_suffix_changes_nothing_before_it(row: Row, data: st.DataObject, budget: Fraction) -> None:
+@causal_router
+@given(row=rows(min_tokens=2), data=st.data(), budget=budgets)
+def test_changed_suffix_changes_nothing_before_it(
+    router: Router, row: Row, data: st.DataObject, budget: Fraction
+) -> None:
     tokens = data.draw(st.integers(1, row.optional.count(False) - 1))
     end = len(row.prefix(tokens).scores)
     later = data.draw(st.lists(st.sampled_from(SCORES), min_size=len(row.scores) - end, max_size=len(row.scores) - end))
     changed = Row(row.scores[:end] + later, row.tokens, row.optional)
-    assert survivors(route_causal, changed, budget)[:end] == survivors(route_causal, row, budget)[:end]
+    assert survivors(router, changed, budget)[:end] == survivors(router, row, budget)[:end]
 
 
-@given(rows(min_tokens=1), st.data(), budgets)
-def test_prefix_alone_chooses_the_same(row: Row, data: st.DataObject, budget: Fraction) -> None:
+@causal_router
+@given(row=rows(min_tokens=1), data=st.data(), budget=budgets)
+def test_prefix_alone_chooses_the_same(router: Router, row: Row, data: st.DataObject, budget: Fraction) -> None:
     prefix = row.prefix(data.draw(st.integers(1, row.optional.count(False))))
-    alone = survivors(route_causal, prefix, budget)
-    assert survivors(route_causal, row, budget)[: len(prefix.scores)] == alone
+    alone = survivors(router, prefix, budget)
+    assert survivors(router, row, budget)[: len(prefix.scores)] == alone
+
+
+@given(rows(min_tokens=2), st.data(), budgets)
+def test_uniform_routes_each_token_by_itself(row: Row, data: st.DataObject, budget: Fraction) -> None:
+    token = data.draw(st.integers(0, max(row.tokens)))
+    own = [c for c, other in enumerate(row.tokens) if other == token]
+    alone = Row([row.scores[c] for c in own], [token] * len(own), [row.optional[c] for c in own])
+    survive = survivors(route_uniform, row, budget)
+    assert survivors(route_uniform, alone, budget) == [survive[c] for c in own]
 
 
 def test_topk_leaks_the_future() -> None:

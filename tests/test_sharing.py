@@ -27,7 +27,7 @@ CODE = {
     f"{name}.py"
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "attention", "cache", "outputs", "modeling"),
-        *("accounting", "sharing", "decoding"),
+        *("accounting", "controls", "sharing", "decoding"),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -289,6 +289,20 @@ def test_card_of_a_dense_model_has_no_budget(tmp_path: Path, dense: dict[str, An
     text = card_of(tmp_path).text
     assert "A dense decoder-only transformer" in text
     assert "budget" not in text
+
+
+@pytest.mark.parametrize("routing", ["copy", "pause", "random", "uniform"])
+def test_card_of_a_control_says_that_nothing_was_learned(tmp_path: Path, routing: str) -> None:
+    config = tiny_config(routing=routing, copy_layer=1)
+    write_model_card(tmp_path, config)
+    card = card_of(tmp_path)
+    rows = rows_of(card)
+    assert "is not learned" in card.text
+    assert "leaks" not in card.text
+    assert rows["routing"].startswith(f"{routing}: ")
+    assert rows["budget"] == "2 streams per token"
+    assert rows.get("streams made at", "")[:7] == {"copy": "layer 1", "pause": "layer 0"}.get(routing, "")
+    assert ("fork layers" in rows) == ("Set the budget" in card.text) == (routing in ("random", "uniform"))
 
 
 def test_facts_of_a_run_stand_in_a_table(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | Non
     width = length
     for layer in range(config.num_hidden_layers):
         if layer in config.gated_layers:
-            width = width_after_routing(config.routing, width, length, kappa)
+            width = width_after_routing(config.admission_rule, width, length, kappa)
+        elif layer in config.copied_layers:
+            width *= int(kappa)
         widths.append(width)
     return widths
 
@@ -26,7 +28,8 @@ def count_parameters(config: ThoughtbubblesConfig) -> int:
     gate = norm + 2 * hidden + hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     blocks = config.num_hidden_layers * (2 * norm + attention + mlp)
-    return embeddings + blocks + len(config.gated_layers) * gate + norm
+    pauses = (int(config.exact_budget()) - 1) * hidden if config.routing == "pause" else 0
+    return embeddings + blocks + len(config.gated_layers) * gate + pauses + norm
 
 
 def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> int:

@@ -201,7 +201,7 @@ class StreamCache(Cache):
             config.num_hidden_layers,
             config.hidden_size,
             config.num_attention_heads,
-            config.gated_layers,
+            config.gated_layers + config.copied_layers,
             config.attenuation,
         )
         if self._owner is None:
@@ -221,7 +221,7 @@ class StreamCache(Cache):
         return None if self.real is None else self.real.sum(1)
 
     def place(self, layer: int, token: Tensor, alive: Tensor) -> Placement:
-        """Where the new streams [B, N] that enter `layer`, a fork layer or the first, go up to the next fork layer."""
+        """Where the new streams [B, N] that enter `layer`, the first or one that forks or copies, go up to the next."""
         return self.attention[layer].place(token, alive.sum(1).tolist())
 
     def see(self, real: Tensor) -> None:

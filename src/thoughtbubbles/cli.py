@@ -198,7 +198,7 @@ def perplexity(
     check_tokenizer(model, prepared.tokenizer(), str(data))
     count = min(blocks or len(prepared.validation), len(prepared.validation))
     rows = prepared.validation[:count]["input_ids"]
-    modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.routing == "topk")
+    modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.admission_rule == "topk")
     results = []
     for each in modes:
         with stage(each, count * (rows.shape[1] - 1), enabled=not as_json) as bar:

@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 
 from .budget import Budget, parse_budget
 
-ROUTINGS = ("causal", "topk", "none")
+ROUTINGS = ("causal", "topk", "none", "copy", "pause", "random", "uniform")
+RANDOM_RULES = ("causal", "topk")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
 
@@ -36,12 +37,19 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         initializer_range: standard deviation of normal initialisation; output projections into the residual
             stream use initializer_range / sqrt(2 L).
         fork_layers: 0-based indices of the layers whose input passes a gate and routing; None is a quarter,
-            a half and three quarters of the depth. Without effect when routing is `none`.
+            a half and three quarters of the depth. Without effect when routing is `none`, `copy` or `pause`.
         budget: streams per token that may exist, at least 1, taken as the exact rational of its decimal text
-            (Design 3.3). The default at run time; `forward(budget=...)` overrides it.
-        routing: `causal` (exactly left to right), `topk` (the paper's, whole row) or `none` (dense).
+            (Design 3.3). The default at run time; `forward(budget=...)` overrides it. A whole number when routing is
+            `copy` or `pause`; no later budget of `pause` may be larger.
+        routing: `causal` (exactly left to right), `topk` (the paper's, whole row) or `none` (dense); or a control
+            that learns no choice: `random` and `uniform` (forks by a hash), `copy` (every token is `budget` streams)
+            or `pause` (learned vectors follow every token).
+        random_rule: `causal` or `topk`: how `random` routes by its hash. Without effect otherwise.
+        routing_seed: of the hash of `random` and `uniform`, from 0 to 2^32 - 1. Without effect otherwise.
+        copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
         attenuation: `paper`, `released` or `none` (Design 3.5).
-        merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6).
+        merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6). For `copy` and `pause`, whose
+            streams have no scores, all but `root` take the mean over the streams of a token.
         tie_word_embeddings: the unembedding is the embedding.
         bos_token_id, eos_token_id, pad_token_id: token ids of the vocabulary, or None. eos_token_id may be several.
             A pad_token_id of -1, which some configurations write for none, becomes None.
@@ -68,6 +76,9 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     fork_layers: list[int] | None = None
     budget: Budget = 2.0
     routing: str = "causal"
+    random_rule: str = "causal"
+    routing_seed: int = 0
+    copy_layer: int = 0
     attenuation: str = "paper"
     merge: str = "residual"
     tie_word_embeddings: bool = True
@@ -92,8 +103,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             self.budget = str(self.budget)
         _check_integers(self, "intermediate_size")
         self._check_shape()
-        self._check_numbers()
         self._check_rules()
+        self._check_numbers()
         self._check_special_tokens()
         super().__post_init__(**kwargs)
 
@@ -115,12 +126,32 @@ class ThoughtbubblesConfig(PreTrainedConfig):
 
     @property
     def gated_layers(self) -> tuple[int, ...]:
-        """The layers that have a gate: the fork layers, none when routing is `none`."""
-        return () if self.routing == "none" else tuple(self.fork_layers or ())
+        """The layers that have a gate: the fork layers, none when routing is `none`, `copy` or `pause`."""
+        return () if self.routing in ("none", "copy", "pause") else tuple(self.fork_layers or ())
+
+    @property
+    def copied_layers(self) -> tuple[int, ...]:
+        """The layer at whose input `copy` or `pause` makes its streams, if that is the routing."""
+        return {"copy": (self.copy_layer,), "pause": (0,)}.get(self.routing, ())
+
+    @property
+    def admission_rule(self) -> str:
+        """The rule by which gates choose: `routing`, but where that is `random` its `random_rule`."""
+        return self.random_rule if self.routing == "random" else self.routing
 
     def exact_budget(self, override: Budget | None = None) -> Fraction:
-        """The budget of a call as an exact rational: `override`, or else the configured one."""
-        return parse_budget(self.budget if override is None else override)
+        """The budget of a call as an exact rational: `override`, or else the configured one.
+
+        Raises:
+            ValueError: if it is no budget, or one that routing `copy` or `pause` cannot have.
+        """
+        given = self.budget if override is None else override
+        budget = parse_budget(given)
+        if self.copied_layers and budget.denominator != 1:
+            raise _invalid("budget", given, f"a whole number of streams per token, since routing is {self.routing}")
+        if self.routing == "pause" and budget > (most := parse_budget(self.budget)):
+            raise _invalid("budget", given, f"at most {most}, for which there are pause vectors")
+        return budget
 
     def _check_shape(self) -> None:
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -136,17 +167,23 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         if list(layers) != sorted(set(layers)) or any(not 0 <= i < self.num_hidden_layers for i in layers):
             raise _invalid("fork_layers", layers, allowed)
         self.fork_layers = list(layers)
+        if type(self.copy_layer) is not int or not 0 <= self.copy_layer < self.num_hidden_layers:
+            allowed = f"a 0-based layer below num_hidden_layers={self.num_hidden_layers}"
+            raise _invalid("copy_layer", self.copy_layer, allowed)
 
     def _check_numbers(self) -> None:
         _check_number(self, "layer_norm_eps", lambda v: v > 0, "a number above 0")
         _check_number(self, "rope_theta", lambda v: v > 0, "a number above 0")
         _check_number(self, "initializer_range", lambda v: v >= 0, "a number of at least 0")
         _check_number(self, "hidden_dropout", lambda v: 0 <= v < 1, "a probability in [0, 1)")
-        parse_budget(self.budget)
+        if type(self.routing_seed) is not int or not 0 <= self.routing_seed < 2**32:
+            raise _invalid("routing_seed", self.routing_seed, "a whole number from 0 to 2^32 - 1")
+        self.exact_budget()
 
     def _check_rules(self) -> None:
         for field, allowed in (
             ("routing", ROUTINGS),
+            ("random_rule", RANDOM_RULES),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
         ):

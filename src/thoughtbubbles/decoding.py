@@ -20,7 +20,7 @@ class StreamGenerationMixin(GenerationMixin):
         # transformers types `self` as a model that also generates.
         settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         from_embeddings = model_kwargs.get("inputs_embeds") is not None
-        if from_embeddings and settings.use_cache is False and self.config.routing == "topk":
+        if from_embeddings and settings.use_cache is False and self.config.admission_rule == "topk":
             raise ValueError(
                 "use_cache=False with inputs_embeds: expected input_ids, since `generate` continues embeddings with a "
                 "cache alone, where topk routes causally"

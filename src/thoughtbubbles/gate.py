@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .cache import ForkMemory
 from .configuration import ThoughtbubblesConfig
-from .routing import ROUTERS, route_causal, width_after_routing
+from .controls import ROUTERS, draw_of
+from .routing import route_causal, width_after_routing
 from .streams import Streams
 
 MIN_LOG_SIGMOID = -20.0
@@ -34,30 +35,35 @@ class _WideLinear(nn.Linear):
 class ForkGate(nn.Module):
     """Scores a fork and a keep of every stream and lets the router choose who goes on (Design 3.2)."""
 
-    def __init__(self, config: ThoughtbubblesConfig) -> None:
+    def __init__(self, config: ThoughtbubblesConfig, layer: int = 0) -> None:
         super().__init__()
-        self.routing = config.routing
+        self.rule = config.admission_rule
+        self.draw = draw_of(config, layer)
         self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
         self.projection = _WideLinear(config.hidden_size, 2, bias=False)
         self.fork_embedding = nn.Parameter(torch.rand(config.hidden_size) / math.sqrt(config.hidden_size))
 
-    def forward(self, streams: Streams, budget: Fraction, memory: ForkMemory | None = None) -> Streams:
+    def forward(
+        self, streams: Streams, budget: Fraction, memory: ForkMemory | None = None, step: Tensor | int = 0
+    ) -> Streams:
         """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
 
-        With the memory of a cache the causal rule goes on from what it holds, whatever the model's own rule is
-        (Design 3.8), the new candidates are added to it, and the width is what the fullest row needs.
+        With the memory of a cache the causal rule goes on from what it holds, in place of topk too (Design 3.8), the
+        new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`.
         """
         scores = self.candidate_scores(streams)
         token = streams.ordinal.repeat_interleave(2, dim=1)
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
-        rivals = scores.detach()
-        if memory is None:
-            survive = ROUTERS[self.routing](rivals, token, optional, alive, budget)
-            width = width_after_routing(self.routing, streams.token.shape[1], streams.num_tokens, budget)
+        rivals = scores.detach() if self.draw is None else self.draw(token, step=step)
+        if memory is None or self.rule == "uniform":  # whose tokens are routed each by itself
+            survive = ROUTERS[self.rule](rivals, token, optional, alive, budget)
         else:
             survive = route_causal(rivals, token, optional, alive, budget, memory.past_scores, memory.past_admitted)
             memory.append(rivals, token, survive, optional)
+        if memory is None:
+            width = width_after_routing(self.rule, streams.token.shape[1], streams.num_tokens, budget)
+        else:
             width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
         return self._select(streams, scores, origin, alive)

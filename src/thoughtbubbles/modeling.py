@@ -21,6 +21,7 @@ from .attention import ResidualProjection, StreamAttention, rotary_angles
 from .budget import Budget
 from .cache import AttentionMemory, Placement, StreamCache
 from .configuration import ThoughtbubblesConfig
+from .controls import StreamCopier
 from .decoding import StreamGenerationMixin
 from .gate import ForkGate
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
@@ -104,10 +105,14 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gates = nn.ModuleDict({str(layer): ForkGate(config) for layer in config.gated_layers})
+        self.gates = nn.ModuleDict({str(layer): ForkGate(config, layer) for layer in config.gated_layers})
+        self.copier = StreamCopier(config) if config.copied_layers else None
         self.layers = nn.ModuleList(ThoughtbubblesBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
         self.gradient_checkpointing = False
+        # The optimizer step, filled in by a trainer: in training `random` and `uniform` draw by it. A tensor, so that
+        # one compiled graph serves every step.
+        self.routing_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.post_init()
 
     @can_return_tuple
@@ -153,9 +158,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         for streams in self._layers(self._embed(given, columns, offset), kappa, cache):
             if want_hidden or output_streams:
                 trail.append(streams)
-        weighted = self._merge_is_weighted(kappa)
+        weighted, copies = self._merge_is_weighted(kappa), 1 if self.copier is None else int(kappa)
         return ThoughtbubblesModelOutput(
-            last_hidden_state=_to_columns(self._merge(streams, weighted), columns),
+            last_hidden_state=_to_columns(self._merge(streams, weighted, copies), columns),
             hidden_states=tuple(_to_columns(s.roots(), columns) for s in trail) if want_hidden else None,
             streams=tuple(trail) if output_streams else None,
             final_streams=streams,
@@ -166,13 +171,15 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
 
     def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
         """The streams entering each block, after its gate, and those leaving the last."""
-        config = self.config
+        config, step = self.config, self.routing_step * self.training
         for index, block in enumerate(self.layers):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
             # choose other survivors (Design 3.2).
             if index in config.gated_layers:
-                streams = self.gates[str(index)](streams, kappa, None if cache is None else cache.forks[index])
-            if index == 0 or index in config.gated_layers:
+                streams = self.gates[str(index)](streams, kappa, None if cache is None else cache.forks[index], step)
+            elif self.copier is not None and index in config.copied_layers:
+                streams = self.copier(streams, kappa)
+            if index == 0 or index in config.gated_layers + config.copied_layers:
                 cos, sin = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
                 placement = None if cache is None else cache.place(index, streams.ordinal, streams.alive)
             yield streams
@@ -190,7 +197,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         cache.begin(self.config, kappa, len(given))
         before = cache.tokens
         cache.see(given.new_ones(given.shape[:2], dtype=torch.bool) if columns is None else columns.real)
-        if self.config.routing == "topk":
+        if self.config.admission_rule == "topk":
             logger.warning_once("topk routing needs the whole row: with a cache, decoding routes causally instead")
         return None if before is None else before[:, None]
 
@@ -250,13 +257,13 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         """
         return bool(self.config.gated_layers) and (self.config.attenuation != "released" or kappa != 1)
 
-    def _merge(self, streams: Streams, weighted: bool) -> Tensor:
-        """[B, T, D] in token order: merged and normed (Design 3.6)."""
+    def _merge(self, streams: Streams, weighted: bool, copies: int) -> Tensor:
+        """[B, T, D] in token order: merged and normed (Design 3.6). Copies, as many to each token, are averaged."""
         if self.config.merge == "residual":
-            out: Tensor = self.norm(streams.merge_residuals(weighted))
+            out: Tensor = self.norm(streams.merge_residuals(weighted) / copies)
         elif self.config.merge == "residual-normed":
             normed = streams.with_residual(self.norm(streams.residual))
-            out = normed.merge_residuals(weighted)
+            out = normed.merge_residuals(weighted) / copies
         else:
             out = self.norm(streams.roots())
         return out

@@ -20,7 +20,7 @@ from torch import Tensor
 LOG_SCORE_FLOOR = -20.0
 IGNORED_LABEL = -100
 CHOICES = {
-    "routing": ("causal", "topk", "none"),
+    "routing": ("causal", "topk", "none", "copy", "pause", "random", "uniform"),
     "attenuation": ("paper", "released", "none"),
     "merge": ("residual", "residual-normed", "probability", "root"),
     "hidden_act": ("gelu",),
@@ -42,6 +42,7 @@ class ReferenceFork:
     """What one fork layer did to one row (Design 3.2, 3.3)."""
 
     candidate_scores: Tensor  # [M] log scores, each stream's (fork, keep) where the stream stood
+    rivals: list[float]  # [M] what the router ranked them by: these scores, or a hash
     candidate_tokens: list[int]
     optional: list[bool]
     survivors: list[int]  # ascending candidate indices
@@ -65,6 +66,8 @@ class _Model:
     parameters: Mapping[str, Tensor]
     budget: Fraction
     fork_layers: frozenset[int]
+    copies: dict[int, int]  # at which layer every token becomes how many streams
+    routing_step: int
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply the matrix `name`, and its bias where it has one: [in] to [out]."""
@@ -124,6 +127,48 @@ def route_topk(
     return survive
 
 
+def route_uniform(
+    scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
+) -> list[bool]:
+    """Choose survivors evenly: token t admits a(t) - a(t - 1) of its optional candidates (Design 3.3).
+
+    Arguments as for `route_causal`.
+    """
+    survive = [not is_optional for is_optional in optional]
+    for token in set(tokens):
+        share = math.floor((budget - 1) * (token + 1)) - math.floor((budget - 1) * token)
+        candidates = [c for c in range(len(scores)) if optional[c] and tokens[c] == token]
+        for c in sorted(candidates, key=lambda c: (-scores[c], c))[:share]:
+            survive[c] = True
+    return survive
+
+
+ROUTERS = {"causal": route_causal, "topk": route_topk, "uniform": route_uniform}
+
+
+def draw(seed: int, step: int, layer: int, token: int, place: int) -> float:
+    """Hash the counters of one candidate to a score in [0, 1) (Design 3.3, `random`)."""
+    lanes = []
+    for lane in (0x9E3779B9, 0x85EBCA6B):
+        for counter in (seed, step, layer, token, place):
+            lane ^= counter
+            lane = (lane ^ lane >> 16) * 0x21F0AAAD % 2**32
+            lane = (lane ^ lane >> 15) * 0x735A2D97 % 2**32
+            lane ^= lane >> 15
+        lanes.append(lane)
+    # A float64 holds 53 of the 64 bits.
+    return ((lanes[0] * 2**32 + lanes[1]) >> 11) / 2**53
+
+
+def _rivals(model: _Model, layer: int, tokens: list[int], scores: list[Tensor]) -> list[float]:
+    """Return what the M candidates are ranked by (Design 3.3)."""
+    if model.config.routing not in ("random", "uniform"):
+        return [score.item() for score in scores]
+    places = [tokens[:c].count(token) for c, token in enumerate(tokens)]
+    seed, step = model.config.routing_seed, model.routing_step
+    return [draw(seed, step, layer, token, place) for token, place in zip(tokens, places, strict=True)]
+
+
 # --- Gate (Design 3.2) ---
 
 
@@ -144,9 +189,10 @@ def _fork(
     scores = _candidate_scores(model, layer, streams)
     tokens = [stream.token for stream in streams for _ in range(2)]
     optional = [choice for stream in streams for choice in (True, not stream.is_root)]
+    rivals = _rivals(model, layer, tokens, scores)
     if given is None:
-        route = route_topk if model.config.routing == "topk" else route_causal
-        survive = route([score.item() for score in scores], tokens, optional, model.budget)
+        rule = model.config.random_rule if model.config.routing == "random" else model.config.routing
+        survive = ROUTERS[rule](rivals, tokens, optional, model.budget)
         survivors = [c for c in range(len(scores)) if survive[c]]
     else:
         survivors = sorted(set(given))
@@ -163,7 +209,19 @@ def _fork(
             forked.append(replace(source, log_score=scores[c]))
     # A row of padding alone has no candidates, and torch stacks no empty list.
     stacked = torch.stack(scores) if scores else embedding.new_zeros(0)
-    return forked, ReferenceFork(stacked, tokens, optional, survivors)
+    return forked, ReferenceFork(stacked, rivals, tokens, optional, survivors)
+
+
+def _copy(model: _Model, copies: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:
+    """Turn each stream into `copies` of them, or into itself and pauses (Design 3.3, `copy` and `pause`)."""
+    copied = []
+    for stream in streams:
+        for place in range(copies):
+            residual = stream.residual
+            if model.config.routing == "pause" and place > 0:
+                residual = model.parameters["model.copier.pause_embeddings.weight"][place - 1]
+            copied.append(replace(stream, residual=residual, is_root=place == copies - 1))
+    return copied
 
 
 # --- Positions (Design 3.4) and attention (Design 3.5) ---
@@ -266,10 +324,12 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
 
     if model.config.merge == "root":
         return unembedding @ normed[[stream.is_root for stream in bubble].index(True)]
+    # Streams without scores, of which no choice was made, are averaged.
+    weights = log_scores.exp() / (len(bubble) if model.copies else 1)
     if model.config.merge == "residual":
-        return unembedding @ model.layer_norm("model.norm", log_scores.exp() @ residuals)
+        return unembedding @ model.layer_norm("model.norm", weights @ residuals)
     if model.config.merge == "residual-normed":
-        return unembedding @ (log_scores.exp() @ normed)
+        return unembedding @ (weights @ normed)
     log_probabilities = torch.stack([(unembedding @ x).log_softmax(dim=0) for x in normed])
     return (log_scores.log_softmax(dim=0)[:, None] + log_probabilities).logsumexp(dim=0)
 
@@ -290,6 +350,8 @@ def _row_forward(
     for layer in range(model.config.num_hidden_layers):
         if layer in model.fork_layers:
             streams, forks[layer] = _fork(model, layer, streams, None if given is None else given[layer])
+        if layer in model.copies:
+            streams = _copy(model, model.copies[layer], streams)
         states.append(streams)
         streams = _block(model, layer, streams)
     states.append(streams)
@@ -306,7 +368,7 @@ def _row_losses(logits: list[Tensor], labels: list[int]) -> list[Tensor]:
     ]
 
 
-def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any) -> _Model:
+def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any, routing_step: int) -> _Model:
     """Check the values that this file branches on and gather what a run needs."""
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
@@ -315,8 +377,14 @@ def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any) -> _Model
     exact_budget = Fraction(str(config.budget if budget is None else budget))
     if exact_budget < 1:
         raise ValueError(f"budget: expected a ratio of at least 1, got {exact_budget}")
-    fork_layers = frozenset() if config.routing == "none" else frozenset(config.fork_layers)
-    return _Model(config, {k: v.to(torch.float64) for k, v in parameters.items()}, exact_budget, fork_layers)
+    fork_layers = frozenset() if config.routing in ("none", "copy", "pause") else frozenset(config.fork_layers)
+    copies = {}
+    if config.routing in ("copy", "pause"):
+        if exact_budget.denominator != 1:
+            raise ValueError(f"budget: expected a whole number for routing {config.routing}, got {exact_budget}")
+        copies[config.copy_layer if config.routing == "copy" else 0] = int(exact_budget)
+    wide = {name: parameter.to(torch.float64) for name, parameter in parameters.items()}
+    return _Model(config, wide, exact_budget, fork_layers, copies, routing_step)
 
 
 def reference_forward(
@@ -327,6 +395,7 @@ def reference_forward(
     labels: Tensor | None = None,
     budget: int | float | str | Fraction | None = None,
     survivors: Sequence[Mapping[int, Sequence[int]]] | None = None,
+    routing_step: int = 0,
 ) -> ReferenceOutput:
     """Run the forward of Design 3 on [B, T] token ids, slowly and in float64; differentiable.
 
@@ -339,8 +408,9 @@ def reference_forward(
         budget: used instead of `config.budget` (Design 3.9).
         survivors: per row and fork layer the candidate indices that survive, instead of the router's
             decision (Design 3.10); then every row and fork layer needs its entry.
+        routing_step: the optimizer step by which `random` and `uniform` draw; 0 is evaluation.
     """
-    model = _model(config, parameters, budget)
+    model = _model(config, parameters, budget, routing_step)
     rows, length = input_ids.shape
     # The released code skips the weighting where the width stays that of the input. Under its own rule, ceil(kappa T)
     # streams, that is the case at budget 1 alone; so decided, no logit depends on the padding (Design 3.6, 3.7).

@@ -44,7 +44,7 @@ def route_causal(
             `token` counts from the start of the whole row then.
         past_admitted: [B] how many of those were admitted.
     """
-    rank = _rank_optional(scores, optional)
+    rank = rank_optional(scores, optional)
     visit = torch.argsort(torch.where(alive, token, MAX_TOKENS) * token.shape[1] + rank, dim=1)
     allowance = floor_times(budget - 1, token.gather(1, visit) + 1)
 
@@ -67,10 +67,7 @@ def route_topk(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, b
     """
     roots = alive & ~optional
     tokens = roots.sum(1, keepdim=True)
-    return roots | (optional & (_rank_optional(scores, optional) < ceil_times(budget, tokens) - tokens))
-
-
-ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk}
+    return roots | (optional & (rank_optional(scores, optional) < ceil_times(budget, tokens) - tokens))
 
 
 def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fraction) -> int:
@@ -79,7 +76,7 @@ def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fract
     return min(2 * width, round_(budget, num_tokens))
 
 
-def _rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
+def rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
     """[B, M] place of each candidate in a stable descending sort, all optional ones first: a permutation."""
     order = torch.argsort(scores.masked_fill(~optional, -torch.inf), dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(

@@ -37,10 +37,18 @@ DENSE_SUMMARY = (
     "A dense decoder-only transformer: no residual stream is ever forked. It is the control of the models of "
     f"{PAPER}, whose code it shares."
 )
+CONTROL_SUMMARY = (
+    "A decoder-only transformer whose tokens carry several parallel residual streams, merged into one prediction at "
+    f"the end. How many is not learned: it is a control of the models of {PAPER}, whose code it shares."
+)
 ROUTINGS = {
     "causal": "causal: exactly left to right, no logit depends on a later token",
     "topk": "topk: the best candidates of the whole row survive",
     "none": "none: no forks",
+    "copy": "copy: from one layer on every token is several streams, at first equal",
+    "pause": "pause: learned vectors follow every token",
+    "random": "random: forks survive by a hash that knows nothing of the text",
+    "uniform": "uniform: every token may fork equally often, the forks chosen by a hash",
 }
 LEAK = (
     "> **Blockwise perplexity of this model leaks the future.** Its routing (`topk`) looks at the whole row, so "
@@ -143,18 +151,24 @@ def write_model_card(
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([ThoughtbubblesConfig.model_type, *(tags or [])])),
     )
-    dense = not config.gated_layers
+    dense = not config.gated_layers and not config.copied_layers
     parts = [
         f"---\n{header.to_yaml()}\n---",
         "# A Thoughtbubbles language model",
-        DENSE_SUMMARY if dense else SUMMARY,
+        _summary(config),
         _table(_shape(config)),
         LEAK if config.routing == "topk" and not dense else "",
         f"## Training\n\n{_table(facts)}" if facts else "",
         _how_to_load(name),
-        "" if dense else _how_to_set_the_budget(),
+        _how_to_set_the_budget() if config.gated_layers else "",
     ]
     (Path(folder) / CARD_NAME).write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+
+
+def _summary(config: ThoughtbubblesConfig) -> str:
+    if config.routing in ("causal", "topk") and config.gated_layers:
+        return SUMMARY
+    return CONTROL_SUMMARY if config.gated_layers or config.copied_layers else DENSE_SUMMARY
 
 
 def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
@@ -168,8 +182,11 @@ def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
     }
     if config.gated_layers:
         rows["fork layers"] = f"{', '.join(map(str, config.gated_layers))} (the first layer is 0)"
-        rows["budget"] = f"{config.exact_budget()} streams per token"
         rows["attenuation"] = config.attenuation
+    if config.copied_layers:
+        rows["streams made at"] = f"layer {config.copied_layers[0]} (the first layer is 0)"
+    if config.gated_layers or config.copied_layers:
+        rows["budget"] = f"{config.exact_budget()} streams per token"
         rows["merge"] = config.merge
     return rows
 

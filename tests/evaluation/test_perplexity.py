@@ -43,7 +43,7 @@ def test_blockwise_is_the_mean_cross_entropy(blocks: Tensor) -> None:
     assert (result.tokens, result.blocks, result.leaks) == (50, 5, False)
 
 
-@pytest.mark.parametrize("routing", ["causal", "none"])
+@pytest.mark.parametrize("routing", ["causal", "none", "random", "uniform"])
 def test_both_modes_agree_left_to_right(blocks: Tensor, routing: str) -> None:
     made = model(routing)
     blockwise = evaluate_perplexity(made, blocks)
@@ -66,6 +66,12 @@ def test_prefix_mode_sees_prefixes_alone(blocks: Tensor, rule: str, budget_at) -
     ]
     result = evaluate_perplexity(made, blocks, "prefix", budget_rule=rule)
     assert result.loss == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def test_copies_are_as_many_whatever_the_rule(blocks: Tensor) -> None:
+    made = model("copy", budget=2)
+    fixed = evaluate_perplexity(made, blocks, "prefix", budget_rule="fixed")
+    assert fixed.loss == pytest.approx(evaluate_perplexity(made, blocks).loss, abs=1e-5)
 
 
 def test_budget_overrides_the_configured_one(blocks: Tensor) -> None:

@@ -178,12 +178,29 @@ def test_build_config_takes_vocabulary_and_length_from_the_data(tmp_path: Path, 
     assert config.bos_token_id == tiny_data.manifest.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("field", ["training_budgets", "eval_budgets"])
+@pytest.mark.parametrize(
+    ("routing", "budget", "message"),
+    [("copy", 1.5, "a whole number of streams per token, since routing is copy"), ("pause", 3, "at most 2, for which")],
+)
+def test_build_config_refuses_budgets_that_copies_cannot_have(
+    tmp_path: Path, tiny_data: PreparedData, field: str, routing: str, budget: float, message: str
+) -> None:
+    overrides = [f"data.path={tiny_data.path}", f"model.routing={routing}", f"training.{field}=[1, {budget}]"]
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    with pytest.raises(RecipeError, match=re.escape(f"training.{field}: budget={budget!r}: expected {message}")):
+        build_config(recipe, load_run_data(recipe))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.vocab_size=10", "model.vocab_size=10: expected at least"),
         ("model.max_position_embeddings=4", "model.max_position_embeddings=4: expected at least 16"),
-        ("model.routing=best", "model.routing='best': expected one of causal, topk, none"),
+        (
+            "model.routing=best",
+            "model.routing='best': expected one of causal, topk, none, copy, pause, random, uniform",
+        ),
         ("model.preset=huge", "model.preset='huge': expected one of"),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles import controls as controls_module
 from thoughtbubbles.accounting import training_flops
 from thoughtbubbles.data import PreparedData, prepare
 from thoughtbubbles.data.mixture import Place
@@ -20,6 +21,7 @@ from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
 from thoughtbubbles.files import sole_user
+from thoughtbubbles.loading import load_model
 from thoughtbubbles.training import run as run_module
 from thoughtbubbles.training import rundata as rundata_module
 from thoughtbubbles.training.callbacks import read_metrics
@@ -102,6 +104,36 @@ def test_variants_of_a_seed_see_the_same_blocks(tmp_path: Path, tiny_data: Prepa
             overrides = (f"model.routing={routing}", "training.steps=3", "training.eval_every=9")
             train(tiny_recipe(tmp_path / routing, tiny_data.path, *overrides), progress=False)
     assert all(torch.equal(*pair) for pair in zip(seen["causal"][:3], seen["none"][:3], strict=True))
+
+
+def test_random_routing_draws_by_the_number_of_the_step(
+    tmp_path: Path, tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    draw = controls_module.draw_scores
+
+    def watch(token: Tensor, layer: int, seed: int, step: Tensor) -> Tensor:
+        seen.append((seed == 7, int(step)))
+        return draw(token, layer, seed, step)
+
+    monkeypatch.setattr(controls_module, "draw_scores", watch)
+    overrides = ["model.routing=random", "model.routing_seed=7", "training.steps=3", "training.eval_every=9"]
+    train(tiny_recipe(tmp_path, tiny_data.path, *overrides, "training.micro_batch_size=2"), progress=False)
+    assert all(seeded for seeded, _ in seen)
+    steps = [step for _, step in seen]
+    trained = [step for step in steps if step]
+    assert trained == sorted(trained)
+    assert {trained.count(step) for step in (1, 2, 3)} == {len(trained) // 3}
+    assert set(steps) == {0, 1, 2, 3}  # 0 is the evaluation at the end
+
+
+@pytest.mark.parametrize("routing", ["random", "uniform", "copy", "pause"])
+def test_a_control_trains_and_loads(tmp_path: Path, tiny_data: PreparedData, routing: str) -> None:
+    overrides = [f"model.routing={routing}", "model.budget=2", "training.steps=2"]
+    run = train(tiny_recipe(tmp_path, tiny_data.path, *overrides), progress=False)
+    assert run.routing == routing
+    assert not run.eval_leaks
+    assert load_model(tmp_path / "run", "cpu").config.routing == routing
 
 
 def trainer_of(recipe: Recipe) -> BubbleTrainer:

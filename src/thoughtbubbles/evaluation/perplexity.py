@@ -114,8 +114,10 @@ def _blockwise(model: ThoughtbubblesForCausalLM, batch: Tensor, budget: Fraction
 def _prefix(model: ThoughtbubblesForCausalLM, batch: Tensor, budget: Fraction, rule: str) -> Iterator[Tensor]:
     """Losses [B, 1] of one token after another, each from a forward over what stands before it."""
     length = batch.shape[1]
-    most = Fraction(2 ** len(model.config.gated_layers))  # a bubble cannot grow larger, whatever the budget
+    layers = len(model.config.gated_layers)
+    most = Fraction(2**layers)  # a bubble cannot grow larger, whatever the budget
     for end in range(1, length):
-        streams = budget if rule == "proportional" else min(budget * length / end, most)
+        # Where nothing is gated, every token has its streams, as many as the budget says, in whatever length.
+        streams = budget if rule == "proportional" or not layers else min(budget * length / end, most)
         logits = model(batch[:, :end], budget=streams, logits_to_keep=1).logits[:, 0]
         yield F.cross_entropy(logits.float(), batch[:, end], reduction="none")[:, None]

@@ -200,8 +200,8 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     """The model's configuration, completed from its data.
 
     Raises:
-        InputError: for a bad model field, a vocabulary smaller than the data's, or a row of data longer than the
-            longest of the model.
+        InputError: for a bad model field, a vocabulary smaller than the data's, a row of data longer than the
+            longest of the model, or a budget of the recipe that the model cannot have.
     """
     fields = dict(recipe.model)
     preset, pretrained = fields.pop("preset", None), fields.pop("pretrained", None)
@@ -228,6 +228,12 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
             raise RecipeError(
                 f"model.{field}={getattr(config, field)}: expected at least {needed}, as in {data.source}"
             )
+    for field in ("training_budgets", "eval_budgets"):
+        for budget in getattr(recipe.training, field) or []:
+            try:
+                config.exact_budget(budget)
+            except ValueError as error:
+                raise RecipeError(f"training.{field}: {error}") from None
     return config
 
 

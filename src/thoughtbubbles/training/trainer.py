@@ -62,6 +62,7 @@ class BubbleTrainer(Trainer):
         self.meter = Meter(recipe, model.config, data.samples, arguments.per_device_train_batch_size)
         self.clock = Clock(self.meter.tokens(self.start))
         self.forks = ForkStatistics(model)
+        self._routing_step = model.model.routing_step  # of the model itself, which the Trainer may wrap
         self._fork_figures: dict[str, float] = {}
         self._micro_losses: list[Tensor] = []
         self._evaluated: tuple[int, float] | None = None
@@ -94,8 +95,9 @@ class BubbleTrainer(Trainer):
         return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A forward and backward pass, at the step's budget, watched if its step will be logged."""
+        """A forward and backward pass, at the step's budget and draws, watched if its step will be logged."""
         settings, step = self.recipe.training, self.state.global_step + 1
+        self._routing_step.fill_(step)
         if settings.training_budgets is not None:
             inputs = {**inputs, "budget": budget_of_step(settings.training_budgets, settings.seed, step)}
         with self.forks.watching() if self._is_logged(step) else nullcontext():

@@ -1,0 +1,124 @@
+"""The controls of Design 3.3: `random` and `uniform` admission by a hash, and the streams of `copy` and `pause`.
+
+They ask what a learned choice of forks is worth beside one that knows nothing.
+
+Shape letters: B batch, N streams, M candidates, D hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .budget import MAX_TOKENS, floor_times
+from .configuration import ThoughtbubblesConfig
+from .routing import Router, rank_optional, route_causal, route_topk
+from .streams import Streams
+
+_LANES = (0x9E3779B9, 0x85EBCA6B)
+_MASK = 2**32 - 1
+
+
+def draw_scores(token: Tensor, layer: int, seed: int, step: Tensor | int = 0) -> Tensor:
+    """[B, M] float64 in [0, 1): a hash of seed, step, layer, ordinal and place among the candidates of the token.
+
+    The same on every device and in every batch (Design 3.3, `random`).
+
+    Args:
+        token: [B, M] int64 ordinals of the candidates in the whole row, non-decreasing.
+        layer: of the fork.
+        seed: below 2^32.
+        step: int64 scalar, of the optimizer; 0 in evaluation.
+    """
+    token = token.contiguous()
+    place = torch.arange(token.shape[1], device=token.device) - torch.searchsorted(token, token)
+    high, low = (_hash(lane, seed, step, layer, token, place) for lane in _LANES)
+    return ((high << 21) | (low >> 11)).to(torch.float64) / 2**53
+
+
+def draw_of(config: ThoughtbubblesConfig, layer: int) -> Callable[..., Tensor] | None:
+    """`draw_scores` of a fork layer, wanting `token` and `step`; None where the gate's own scores decide."""
+    if config.routing not in ("random", "uniform"):
+        return None
+    return partial(draw_scores, layer=layer, seed=config.routing_seed)
+
+
+def _hash(state: int, *fields: Tensor | int) -> Tensor:
+    """32 bits of the fields, each below 2^32."""
+    mixed: Tensor | int = state
+    for value in fields:
+        mixed = _mix(mixed ^ value)
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+def _mix(x: Tensor | int) -> Tensor | int:
+    """A permutation of the numbers below 2^32.
+
+    The multipliers lie below 2^31, so that no product leaves int64: what overflow does is left to a compiler.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _MASK
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _MASK
+    return x ^ (x >> 15)
+
+
+@torch.no_grad()
+def route_uniform(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
+    """Evenly: token t admits a(t) - a(t - 1) of its optional candidates, those of greatest score (Design 3.3).
+
+    A router like those of `routing`, where the arguments are explained. Each token is routed by itself.
+    """
+    length = token.shape[1]
+    place = torch.where(alive, token, MAX_TOKENS)
+    visit = torch.argsort(place * length + rank_optional(scores, optional), dim=1)
+    visited = place.gather(1, visit)
+    rank = torch.arange(length, device=token.device) - torch.searchsorted(visited, visited)
+    share = floor_times(budget - 1, visited + 1) - floor_times(budget - 1, visited)
+    admitted = optional.gather(1, visit) & (rank < share)
+    return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
+
+
+ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk, "uniform": route_uniform}
+
+
+class StreamCopier(nn.Module):
+    """Makes every token as many streams as the budget says, of log score 0 (Design 3.3, `copy` and `pause`).
+
+    `copy` repeats the token's residual. `pause` leaves it leftmost and lets learned vectors follow it, one a place;
+    the last of them is the root.
+    """
+
+    def __init__(self, config: ThoughtbubblesConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.pause_embeddings: nn.Embedding | None = None
+        if config.routing == "pause":
+            self.pause_embeddings = nn.Embedding(int(config.exact_budget()) - 1, config.hidden_size)
+
+    def forward(self, streams: Streams, budget: Fraction) -> Streams:
+        """Streams [B, N] of one stream a token to [B, kappa N]; the budget is whole."""
+        copies = int(budget)
+        token, alive, log_score = (
+            values.repeat_interleave(copies, dim=1) for values in (streams.token, streams.alive, streams.log_score)
+        )
+        slot = torch.arange(token.shape[1], device=token.device)
+        # As a gate would name them: the root is a keep, the others are forks.
+        origin = slot // copies * 2 + (slot % copies == copies - 1)
+        return replace(
+            streams,
+            residual=torch.where(alive[..., None], self._residuals(streams.residual, copies), 0),
+            log_score=log_score,
+            token=token,
+            alive=alive,
+            origin=torch.where(alive, origin, -1),
+        )
+
+    def _residuals(self, residual: Tensor, copies: int) -> Tensor:
+        if self.pause_embeddings is None:
+            return residual.repeat_interleave(copies, dim=1)
+        pauses = self.pause_embeddings(torch.arange(copies - 1, device=residual.device)).to(residual.dtype)
+        each = self.dropout(pauses.expand(*residual.shape[:2], -1, -1))
+        return torch.cat([residual[:, :, None], each], dim=2).flatten(1, 2)
