@@ -323,8 +323,8 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path, tiny_run: Path
     recomputed: list[int] = []
 
     class Count(TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **kwargs) -> None:
-            model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            kwargs["model"].model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
 
     train_with(tiny_recipe(tmp_path, tiny_data.path, "training.gradient_checkpointing=true"), Count())
     assert comparable(tmp_path / "run") == comparable(tiny_run)
