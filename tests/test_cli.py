@@ -16,7 +16,7 @@ from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
-COMMANDS = ("prepare", "train", "perplexity", "generate")
+COMMANDS = ("prepare", "train", "perplexity", "generate", "plan")
 
 
 def run(*arguments: object) -> str:
@@ -92,6 +92,22 @@ def test_perplexity_of_topk_prints_both_modes_and_the_leak(tmp_path: Path, tiny_
     assert [line.split()[0] for line in out.splitlines()] == ["blockwise", "leaks:", "prefix"]
 
 
+def test_plan_prints_tables(tiny_run: Path) -> None:
+    out = run("plan", tiny_run, "--memory", "1GB", "--device-flops", "1e12", "--mfu", 0.3, "--tokens", "1e6")
+    for text in ("Parameters", "layers 1 to 2", "tokens a second", "Run: 3,907 steps of 16 rows", "1.00 GB: a micro"):
+        assert text in out
+
+
+def test_plan_prints_json(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "run"))
+    plan = json.loads(run("plan", recipe, "--budget", "2", "--batch-size", 8, "--precision", "float32", "--json"))
+    assert (plan["budget"], plan["batch_size"], plan["precision"], plan["length"]) == ("2", 8, "float32", 16)
+    assert plan["run"]["tokens"] == 12 * 8 * 16
+    assert plan["model"]["streams_per_token"] == [1.0, 2.0, 2.0]
+    assert plan["fit"] is None
+
+
 def test_generate_repeats_for_a_seed(tiny_run: Path) -> None:
     arguments = ("generate", tiny_run, "--prompt", "the", "--max-new-tokens", 8, "--temperature", 1)
     assert run(*arguments, "--seed", 5) == run(*arguments, "--seed", 5)
@@ -152,6 +168,14 @@ def test_generate_marks_bubbles(tiny_run: Path) -> None:
         (["perplexity", "{run}", "{data}", "--mode", "x"], "mode='x': expected one of blockwise, prefix"),
         (["generate", "{run}", "--budget", "lots"], "budget='lots': expected"),
         (["generate", "{tmp}"], "expected a folder with config.json"),
+        (["plan", "155m"], "config '155m': expected a preset (nano, micro, mini, 150m,"),
+        (["plan", "{tmp}"], "expected a folder with config.json"),
+        (["plan", "{tmp}/none.yaml"], "none.yaml: no such file"),
+        (["plan", "150m", "--memory", "lots"], "memory='lots': expected an amount such as 80GB"),
+        (["plan", "150m", "--budget", "0.5"], "budget='0.5': expected"),
+        (["plan", "150m", "--mfu", "0.5"], "mfu=0.5: expected device_flops with it"),
+        (["plan", "{run}", "--length", "17"], "length=17: expected at most 16"),
+        (["plan", "{tmp}/tiny.yaml", "--batch-size", "0"], "batch_size=0: expected more than 0"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else None,
 )

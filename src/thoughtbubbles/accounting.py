@@ -1,8 +1,97 @@
-"""What a configuration costs: parameters and floating-point operations (Design 4)."""
+"""What a configuration costs: parameters, floating-point operations, memory (Design 4).
 
+Everything is computed from the static widths of Design 3.1, so it is what a batch of any content costs: no weights, no
+device. Shape letters: T tokens, N streams, D hidden size, H heads, K head size, I size of the MLP, V vocabulary.
+"""
+
+import copy
+from dataclasses import dataclass, fields
+
+from .attention import attenuated_width
 from .budget import Budget
 from .configuration import ThoughtbubblesConfig
 from .routing import width_after_routing
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes a number, by the name of the type."""
+# Log scores and all other state between layers, the masters of the weights, the loss (Design 3.1, 3.2).
+WIDE = ITEM_BYTES["float32"]
+
+
+def item_bytes(precision: str) -> int:
+    """Bytes a number of the type `precision`.
+
+    Raises:
+        ValueError: if it is neither float32 nor bfloat16.
+    """
+    if precision not in ITEM_BYTES:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(ITEM_BYTES)}")
+    return ITEM_BYTES[precision]
+
+
+@dataclass(frozen=True)
+class _Amounts:
+    @property
+    def total(self) -> int:
+        """The sum of all fields."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class ParameterCounts(_Amounts):
+    """Numbers that a model learns.
+
+    Attributes:
+        embedding: of the tokens, and of the unembedding if it is not tied.
+        blocks: attention, MLP and norms, the final norm included.
+        gates: norms, projections and fork embeddings of all gates, or the pause vectors of routing `pause`.
+    """
+
+    embedding: int
+    blocks: int
+    gates: int
+
+
+@dataclass(frozen=True)
+class StateBytes(_Amounts):
+    """Bytes that a training step needs whatever its rows are.
+
+    Attributes:
+        weights: float32 masters, whatever the precision.
+        gradients: float32.
+        optimizer: the two moments of AdamW, float32.
+        casts: the bfloat16 copies of the matrices that autocast keeps until the backward pass; 0 in float32.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+
+
+@dataclass(frozen=True)
+class ActivationBytes(_Amounts):
+    """Bytes of a training step for each row of a batch.
+
+    Attributes:
+        blocks: what autograd saves in the blocks; with gradient checkpointing their inputs alone.
+        gates: what it saves in the gates.
+        head: the same from the last block to the unembedding.
+        logits: the same in the loss, float32 whatever the precision: with a big vocabulary the largest part.
+        passing: held beside these for a while at the peak: the logits and their gradients, or a block that gradient
+            checkpointing computes again.
+    """
+
+    blocks: int
+    gates: int
+    head: int
+    logits: int
+    passing: int
+
+    @property
+    def saved(self) -> int:
+        """What autograd saves in a forward: all but `passing`."""
+        return self.total - self.passing
 
 
 def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> list[int]:
@@ -19,17 +108,30 @@ def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | Non
     return widths
 
 
-def count_parameters(config: ThoughtbubblesConfig) -> int:
-    """Parameters of `ThoughtbubblesForCausalLM(config)`, a tied embedding counted once."""
+def dense_twin(config: ThoughtbubblesConfig) -> ThoughtbubblesConfig:
+    """The same shape without gates and forks: the control."""
+    twin = copy.deepcopy(config)
+    twin.routing = "none"
+    return twin
+
+
+def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
+    """Parameters of `ThoughtbubblesForCausalLM(config)` by part, a tied embedding counted once."""
     hidden, inner, bias = config.hidden_size, _inner(config), int(config.use_bias)
     norm = hidden * (1 + bias)
-    attention = 4 * hidden * hidden + bias * 4 * hidden
-    mlp = 2 * hidden * inner + bias * (inner + hidden)
+    block = 2 * norm + _block_matrix(config) + bias * (5 * hidden + inner)
     gate = norm + 2 * hidden + hidden
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    blocks = config.num_hidden_layers * (2 * norm + attention + mlp)
     pauses = (int(config.exact_budget()) - 1) * hidden if config.routing == "pause" else 0
-    return embeddings + blocks + len(config.gated_layers) * gate + pauses + norm
+    return ParameterCounts(
+        embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
+        blocks=config.num_hidden_layers * block + norm,
+        gates=len(config.gated_layers) * gate + pauses,
+    )
+
+
+def count_parameters(config: ThoughtbubblesConfig) -> int:
+    """Parameters of `ThoughtbubblesForCausalLM(config)`, a tied embedding counted once."""
+    return parameter_counts(config).total
 
 
 def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> int:
@@ -37,12 +139,16 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
 
     Matrix products alone: projections, MLP, gates, unembedding, and attention over the whole N x N square, as
     FLOP counters and MFU conventions have it, with N the static width of each layer.
+
+    torch's FlopCounterMode finds the same, but for the channels that attenuation `paper` appends to a head of K: they
+    are bookkeeping of ours, 4 H N^2 operations a channel and layer, and are left out here. Of the fused attention for
+    CPUs it counts nothing: there the plain one has to be asked for.
     """
-    hidden, inner = config.hidden_size, _inner(config)
+    hidden = config.hidden_size
     entering = [length, *layer_widths(config, length, budget)]
     total = 0
     for layer, width in enumerate(entering[1:]):
-        total += 2 * width * (4 * hidden * hidden + 2 * hidden * inner) + 4 * width * width * hidden
+        total += 2 * width * _block_matrix(config) + 4 * width * width * hidden
         if layer in config.gated_layers:
             total += 2 * entering[layer] * 2 * hidden
     decoded = entering[-1] if config.merge == "probability" else length
@@ -52,6 +158,205 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
 def training_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> int:
     """Floating-point operations of a forward and backward over a row: the backward costs two forwards."""
     return 3 * forward_flops(config, length, budget)
+
+
+def tokens_at_equal_flops(
+    config: ThoughtbubblesConfig, reference: ThoughtbubblesConfig, length: int, tokens: int
+) -> int:
+    """Tokens that `reference` may train on for the training FLOPs that `config` spends on `tokens`, rounded down.
+
+    Both train on rows of `length` tokens, each at its own budget. With a reference of routing `none` this is the
+    control "dense with the same training FLOPs".
+    """
+    return tokens * training_flops(config, length) // training_flops(reference, length)
+
+
+def decoding_flops(config: ThoughtbubblesConfig, context: int, budget: Budget | None = None) -> float:
+    """Floating-point operations of one cached step: a new token that makes the context `context` tokens long.
+
+    A mean over tokens: with N_l the streams of layer l for a row of `context` tokens, a token has n_l = N_l / context
+    of them (1 before the first fork, about kappa after the last; at most 2^F with F fork layers), and costs
+
+        sum over l of 2 n_l (4 D^2 + 2 D I) + 4 n_l N_l D [+ 4 n_(l-1) D where l has a gate] + 2 D V
+
+    since each of its streams sees all N_l; the last term n_L times with merge `probability`. That is a token's share of
+    a forward over the whole context, which counts the whole square of attention. Steps differ, as tokens do; it is less
+    where scores leave some of the budget unspent, and more in a batch, whose rows wait for that with the most streams.
+    """
+    return forward_flops(config, context, budget) / context
+
+
+def cache_bytes(
+    config: ThoughtbubblesConfig,
+    context: int,
+    budget: Budget | None = None,
+    precision: str = "float32",
+    device: str = "cuda",
+) -> int:
+    """Bytes of a `StreamCache` for each row of `context` tokens (Design 3.8).
+
+    A layer keeps for each of its streams keys and values, a head as wide as it enters the product, and the token's
+    ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
+    (13 bytes). Memory grows in steps of `cache.BLOCK` entries, which may come on top; where scores leave some of the
+    budget unspent, less is held.
+
+    Args:
+        precision: of the model's numbers, float32 or bfloat16.
+        device: type of device, cuda or cpu: on GPUs heads are padded to a multiple of 8 channels.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    entering = [context, *layer_widths(config, context, budget)]
+    total = 0
+    for layer, width in enumerate(entering[1:]):
+        total += width * (2 * _head_channels(config, layer, precision, device) * item_bytes(precision) + 8)
+        if layer in config.gated_layers:
+            total += (2 * entering[layer] - context) * (WIDE + 8 + 1)
+    return total
+
+
+def state_bytes(
+    config: ThoughtbubblesConfig, precision: str = "float32", gradient_checkpointing: bool = False
+) -> StateBytes:
+    """Bytes of weights, gradients and AdamW's moments in training.
+
+    Args:
+        precision: float32, or bfloat16 for float32 weights under autocast.
+        gradient_checkpointing: the blocks' matrices are cast anew when the blocks are computed again.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    parameters, item = count_parameters(config), item_bytes(precision)
+    blocks = 0 if gradient_checkpointing else config.num_hidden_layers * _block_matrix(config)
+    return StateBytes(
+        weights=WIDE * parameters,
+        gradients=WIDE * parameters,
+        optimizer=2 * WIDE * parameters,
+        casts=0 if item == WIDE else item * (blocks + config.vocab_size * config.hidden_size),
+    )
+
+
+def activation_bytes(
+    config: ThoughtbubblesConfig,
+    length: int,
+    budget: Budget | None = None,
+    precision: str = "float32",
+    gradient_checkpointing: bool = False,
+    device: str = "cuda",
+) -> ActivationBytes:
+    """Bytes that a training step keeps for the backward pass, for each row of `length` tokens.
+
+    What autograd saves is counted tensor by tensor. It holds for fused attention, whose memory is linear in N, for
+    activations that save their input alone, such as gelu, and without dropout and padding.
+
+    Args:
+        precision: float32, or bfloat16 for autocast, in which residuals, gates and the loss stay float32.
+        device: type of device, cuda or cpu: how attention lays out its output, and heads as in `cache_bytes`.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    entering = [length, *layer_widths(config, length, budget)]
+    widths = entering[1:]
+    blocks = [width * _saved_by_block(config, layer, precision, device) for layer, width in enumerate(widths)]
+    # Cosines and sines are shared by the blocks up to the next fork, except for their casts.
+    turning = {0, *config.gated_layers} if precision == "float32" or gradient_checkpointing else range(len(widths))
+    angles = sum(widths[layer] * config.head_dim * WIDE for layer in turning)
+    logits, passing = _saved_by_loss(config, length, widths[-1], precision)
+    if gradient_checkpointing:
+        # By the time that the blocks are computed again, one after the other, the logits are gone.
+        passing = max(passing, max(blocks) - logits)
+        # The residual, and of scored streams log score and weight.
+        blocks = [
+            width * WIDE * (config.hidden_size + 2 * _is_scored(config, layer)) for layer, width in enumerate(widths)
+        ]
+    return ActivationBytes(
+        blocks=sum(blocks) + angles,
+        gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
+        head=_saved_by_head(config, length, widths[-1], precision),
+        logits=logits,
+        passing=passing,
+    )
+
+
+def _saved_by_block(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> int:
+    """Bytes that autograd saves in a block for each stream, angles apart."""
+    hidden, item = config.hidden_size, item_bytes(precision)
+    channels = _head_channels(config, layer, precision, device)
+    numbers = 2 * hidden  # normed, before qkv_proj and up_proj
+    numbers += 3 * channels  # rotated queries and keys, the output
+    numbers += 2 * _inner(config)  # before and after the activation
+    if device == "cpu" or channels > hidden:
+        numbers += hidden  # the output by streams, before o_proj; on GPUs the same memory, if nothing is cut off
+    if _is_scored(config, layer):
+        # qkv_proj's output and the attenuated values; the updates before they are weighed.
+        numbers += 3 * hidden + channels + 2 * hidden
+    elif _is_reserved(config):
+        numbers += channels  # the values, times ones
+    else:
+        numbers += 3 * hidden  # the values are a view of qkv_proj's output
+    wide = 2 * hidden + 4 + config.num_attention_heads  # before the norms, of them, attention's logsumexp
+    return numbers * item + (wide + 2 * _is_scored(config, layer)) * WIDE
+
+
+def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int:
+    """Bytes that autograd saves in a gate with so many streams before and after it, in float32 all."""
+    scoring = 2 * config.hidden_size + 2 + 3 * 2  # before the norm, after it, of it; three steps of the log sigmoid
+    if config.attenuation == "none" and config.merge == "root":
+        scoring = 0  # scores have no effect that a gradient could pass
+    # Two indices of 8 bytes, a number for forks and the score, and what is alive.
+    return before * scoring * WIDE + after * (2 * 8 + 2 * WIDE + 1)
+
+
+def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> int:
+    """Bytes that autograd saves from the last block to the unembedding."""
+    hidden, item = config.hidden_size, item_bytes(precision)
+    if config.merge == "probability":
+        return width * hidden * (WIDE + item)
+    normed = width if config.merge == "residual-normed" else length
+    saved = hidden * (normed * WIDE + length * item)
+    if config.gated_layers:
+        # What is added up, with indices, and before that what is weighed.
+        saved += width * (hidden * WIDE * (1 if config.merge == "root" else 2) + 8)
+    return saved
+
+
+def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> tuple[int, int]:
+    """Bytes of the loss, unembedding included: what autograd saves, and what passes beside it at the peak."""
+    vocabulary, item = config.vocab_size, item_bytes(precision)
+    log_probs = length * vocabulary * WIDE
+    # In float32 a gradient; in bfloat16 the logits and their float32 copy, and later as many bytes of gradients.
+    passing = length * vocabulary * (WIDE if item == WIDE else WIDE + item)
+    if config.merge != "probability":
+        return log_probs, passing
+    # Each stream's log softmax and its share of the mixture; the sums, and where they are not 0.
+    streams = width * vocabulary
+    return log_probs + 2 * streams * WIDE + length * vocabulary * (WIDE + 1), passing + 2 * streams * WIDE
+
+
+def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> int:
+    """H times the width of a head as it enters the product of attention."""
+    width = config.head_dim
+    if config.attenuation == "paper" and _is_scored(config, layer):
+        width = attenuated_width(width, item_bytes(precision), device)
+    return config.num_attention_heads * width
+
+
+def _is_scored(config: ThoughtbubblesConfig, layer: int) -> bool:
+    """Whether the log scores of a layer's streams attenuate it (Design 3.5)."""
+    return config.attenuation != "none" and any(fork <= layer for fork in config.gated_layers)
+
+
+def _is_reserved(config: ThoughtbubblesConfig) -> bool:
+    """Whether layers before the first fork have a channel for the log score, as the release does."""
+    return config.attenuation == "released" and bool(config.gated_layers)
+
+
+def _block_matrix(config: ThoughtbubblesConfig) -> int:
+    """Entries of a block's matrices: qkv_proj, o_proj, up_proj and down_proj."""
+    return 4 * config.hidden_size**2 + 2 * config.hidden_size * _inner(config)
 
 
 def _inner(config: ThoughtbubblesConfig) -> int:

@@ -72,15 +72,21 @@ def _attenuate(
     channels = _bias_channels(log_score / scale, k)
     width = channels.shape[-1]
     # The fused kernels want values as wide as keys.
-    spare = -(k.shape[-1] + width) % _width_multiple(k.device)
+    spare = attenuated_width(k.shape[-1], k.dtype.itemsize, k.device.type) - k.shape[-1] - width
     q = F.pad(torch.cat([q, torch.ones_like(q[..., :width])], dim=-1), (0, spare))
     k = F.pad(torch.cat([k, channels], dim=-1), (0, spare))
     return q, k, F.pad(v, (0, width + spare))
 
 
-def _width_multiple(device: torch.device) -> int:
-    """What the fused kernels of a device want the width of a head to be a multiple of."""
-    return 8 if device.type == "cuda" else 1
+def attenuated_width(head_dim: int, itemsize: int, device: str) -> int:
+    """Channels of a head, as `paper` widens it, in keys and values of `itemsize` bytes a number on a type of device."""
+    widened = head_dim + (2 if itemsize == 2 else 1)
+    return widened + -widened % _width_multiple(device)
+
+
+def _width_multiple(device: str) -> int:
+    """What the fused kernels of a type of device want the width of a head to be a multiple of."""
+    return 8 if device == "cuda" else 1
 
 
 def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:

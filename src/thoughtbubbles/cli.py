@@ -258,6 +258,60 @@ def generate(
             typer.echo(mark_bubbles(pieces, sizes))
 
 
+@app.command()
+def plan(
+    config: Annotated[
+        str,
+        typer.Argument(help="A preset, such as nano, 150m or 1.9b, a recipe (.yaml), or the folder of a model or run."),
+    ],
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a row; if not given, a block of the recipe's data, or the model's longest row.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows of a training step; if not given, the recipe's, or 16.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="Tokens to train on, such as 2.5e9; if not given, those of the recipe.", show_default=False),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="`float32` or `bfloat16`; if not given, the recipe's, or bfloat16.", show_default=False),
+    ] = None,
+    device_flops: Annotated[
+        float | None,
+        typer.Option(
+            help="The device's peak in operations per second, such as 989e12 for an H100 in bfloat16: gives times.",
+            show_default=False,
+        ),
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(help="Share of that peak which training reaches; 0.4 if not given.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="The device's memory, such as 80GB or 24GiB: says what fits.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Work out what a model will cost: parameters, operations, memory and time, beside the dense model's."""
+    from thoughtbubbles.plan_table import show_plan
+    from thoughtbubbles.planning import make_plan
+
+    made = make_plan(config, length, budget, batch_size, tokens, precision, device_flops, mfu, memory)
+    if as_json:
+        typer.echo(json.dumps(asdict(made), indent=2))
+    else:
+        show_plan(made)
+
+
 def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
     from transformers import TextStreamer
 

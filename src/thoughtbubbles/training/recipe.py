@@ -8,13 +8,16 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from thoughtbubbles.budget import Budget, parse_budget
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.options import WORDS, check_known, convert
+
+if TYPE_CHECKING:
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
 
 Section = TypeVar("Section", bound="DataSection | FineTuningSection | TrainingSection")
 TASKS = ("pretrain", "sft")
@@ -141,6 +144,47 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(content, override)
     return _parse(content)
+
+
+def model_config(recipe: Recipe, found: Mapping[str, Any], longest: int | None) -> "ThoughtbubblesConfig":
+    """The configuration of a recipe's model.
+
+    Args:
+        found: fields that the data gives; what the recipe says, or the model that it starts from, goes before them.
+        longest: tokens of the longest row, that of a model without a shape's name; None leaves it open.
+
+    Raises:
+        InputError: for a bad field, or a model to start from that cannot be read.
+    """
+    from thoughtbubbles.configuration import ThoughtbubblesConfig
+    from thoughtbubbles.loading import load_config
+
+    values = dict(recipe.model)
+    preset, pretrained = values.pop("preset", None), values.pop("pretrained", None)
+    try:
+        if pretrained is not None:
+            return load_config(pretrained, **values)
+        values = {**found, **values}
+        if preset is not None:
+            return ThoughtbubblesConfig.preset(preset, **values)
+        if longest is not None:
+            values.setdefault("max_position_embeddings", longest)
+        return ThoughtbubblesConfig(**values)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.{error}") from None
+
+
+def check_rows(config: "ThoughtbubblesConfig", vocab_size: int, longest: int, source: str) -> None:
+    """Check that a model can read the rows of some data.
+
+    Raises:
+        RecipeError: for a vocabulary smaller than the data's, or a row longer than the longest of the model.
+    """
+    for name, needed in (("vocab_size", vocab_size), ("max_position_embeddings", longest)):
+        if getattr(config, name) < needed:
+            raise RecipeError(f"model.{name}={getattr(config, name)}: expected at least {needed}, as in {source}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -16,16 +16,15 @@ from transformers.utils import logging as transformers_logging
 import thoughtbubbles
 from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.files import partial_path, replacing, sole_user, write_text
-from thoughtbubbles.loading import check_tokenizer, load_config, load_weights
+from thoughtbubbles.loading import check_tokenizer, load_weights
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.progress import say
 from thoughtbubbles.sharing import write_model_card
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
-from thoughtbubbles.training.recipe import Recipe, RecipeError, differences
+from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, differences, model_config
 from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full
 
@@ -203,31 +202,12 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
         InputError: for a bad model field, a vocabulary smaller than the data's, a row of data longer than the
             longest of the model, or a budget of the recipe that the model cannot have.
     """
-    fields = dict(recipe.model)
-    preset, pretrained = fields.pop("preset", None), fields.pop("pretrained", None)
-    if pretrained is None:
-        tokenizer = data.tokenizer
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        fields = {"vocab_size": data.vocab_size, **ids, **fields}
-        if preset is None:
-            fields.setdefault("max_position_embeddings", data.longest)
-    try:
-        if pretrained is not None:
-            config = load_config(pretrained, **fields)
-            check_tokenizer(pretrained, data.tokenizer, data.source)
-        elif preset is not None:
-            config = ThoughtbubblesConfig.preset(preset, **fields)
-        else:
-            config = ThoughtbubblesConfig(**fields)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model.{error}") from None
-    for field, needed in (("vocab_size", data.vocab_size), ("max_position_embeddings", data.longest)):
-        if getattr(config, field) < needed:
-            raise RecipeError(
-                f"model.{field}={getattr(config, field)}: expected at least {needed}, as in {data.source}"
-            )
+    tokenizer = data.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
+    if (pretrained := recipe.model.get("pretrained")) is not None:
+        check_tokenizer(pretrained, tokenizer, data.source)
+    check_rows(config, data.vocab_size, data.longest, data.source)
     for field in ("training_budgets", "eval_budgets"):
         for budget in getattr(recipe.training, field) or []:
             try:
