@@ -253,3 +253,15 @@ def _pairs(chosen: Mapping[str, int], name: str, value: int) -> Iterator[_Pair]:
 def case_id(case: Case) -> str:
     """A readable test id."""
     return "-".join(str(value) for value in case.values())
+
+
+# The controls of which no logit depends on a later token.
+CAUSAL_CONTROLS: list[Case] = [
+    {"routing": "random", "budget": 1.5, "routing_seed": 4},
+    {"routing": "random", "budget": 3.25},
+    {"routing": "uniform", "budget": 1.2},
+    {"routing": "uniform", "budget": 2},
+    {"routing": "copy", "budget": 3},
+    {"routing": "copy", "budget": 2, "copy_layer": 2},
+    {"routing": "pause", "budget": 3},
+]

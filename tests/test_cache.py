@@ -11,22 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer, pipeline
 
+from tests.helpers import CAUSAL_CONTROLS
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cache import BLOCK, RowBuffer, StreamCache
 from thoughtbubbles.reference import reference_forward
 
 LENGTH = 23
 BUDGETS = [1, 1.5, 2, 4]
-CONTROLS = [
-    {"routing": "random", "budget": 1.5, "routing_seed": 4},
-    {"routing": "random", "budget": 3.25},
-    {"routing": "uniform", "budget": 1.2},
-    {"routing": "uniform", "budget": 2},
-    {"routing": "copy", "budget": 3},
-    {"routing": "copy", "budget": 2, "copy_layer": 2},
-    {"routing": "pause", "budget": 3},
-]
-every_control = pytest.mark.parametrize("rules", CONTROLS, ids=str)
+every_control = pytest.mark.parametrize("rules", CAUSAL_CONTROLS, ids=str)
 
 
 def make(dtype: torch.dtype = torch.float64, **fields: object) -> Any:
@@ -241,7 +233,7 @@ def test_streamer_stop_strings_and_pipeline(tiny_run: Path, capsys: pytest.Captu
     assert pipe("the", max_new_tokens=9, do_sample=False)[0]["generated_text"] == text
 
 
-@pytest.mark.parametrize("rules", [{}, *CONTROLS], ids=str)
+@pytest.mark.parametrize("rules", [{}, *CAUSAL_CONTROLS], ids=str)
 @pytest.mark.parametrize("keep", [0, 1, 9, 22])
 def test_crop_forgets_the_last_columns(keep: int, rules: dict[str, Any]) -> None:
     model = make(**rules)
@@ -267,7 +259,7 @@ def test_crop_of_nothing_and_a_positive_number() -> None:
         cache.crop(3)
 
 
-@pytest.mark.parametrize("rules", [{}, *CONTROLS], ids=str)
+@pytest.mark.parametrize("rules", [{}, *CAUSAL_CONTROLS], ids=str)
 def test_rows_can_be_reordered_selected_and_repeated(rules: dict[str, Any]) -> None:
     model = make(**rules)
     ids, mask = ids_and_mask(4)

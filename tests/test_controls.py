@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import (
+    CAUSAL_CONTROLS,
     case_id,
     compare_with_reference,
     padding_mask,
@@ -27,18 +28,8 @@ from thoughtbubbles.controls import StreamCopier, draw_scores
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.streams import Streams
 
-# The controls of which no logit depends on a later token.
-CAUSAL = [
-    {"routing": "random", "budget": 1.5},
-    {"routing": "random", "budget": 3.25},
-    {"routing": "uniform", "budget": 1.2},
-    {"routing": "uniform", "budget": 2},
-    {"routing": "copy", "budget": 3},
-    {"routing": "copy", "budget": 2, "copy_layer": 2},
-    {"routing": "pause", "budget": 3},
-]
-every_control = pytest.mark.parametrize("rules", CAUSAL, ids=case_id)
-every_copy = pytest.mark.parametrize("rules", CAUSAL[4:], ids=case_id)
+every_control = pytest.mark.parametrize("rules", CAUSAL_CONTROLS, ids=case_id)
+every_copy = pytest.mark.parametrize("rules", CAUSAL_CONTROLS[4:], ids=case_id)
 every_draw = pytest.mark.parametrize("routing", ["random", "random-topk", "uniform"])
 
 

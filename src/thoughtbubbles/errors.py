@@ -19,3 +19,9 @@ class RunInterrupted(Exception):  # noqa: N818 (it is no error)
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of an error, in one line and without its advice."""
+    text = str(error).partition("Example of usage")[0]
+    return " ".join(text.split()) or type(error).__name__

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.errors import InputError
+from thoughtbubbles.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def _unusable(name: str, error: Exception) -> InputError:
     where = (
         "" if Path(name).exists() else ": expected a folder with config.json, that of a finished run, or a hub model"
     )
-    return InputError(f"model {name}{where}: {' '.join(str(error).split())}")
+    return InputError(f"model {name}{where}: {one_line(error)}")
 
 
 def check_tokenizer(path: str | Path, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
@@ -105,10 +105,15 @@ def check_tokenizer(path: str | Path, tokenizer: "PreTrainedTokenizerBase", sour
         InputError: naming the model and the data.
     """
     name = find_model(path)
-    if Path(name).exists() and not (Path(name) / "tokenizer.json").is_file():
+    if _lacks_tokenizer(name):
         return
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"data {source}: tokenised with another tokenizer than that of the model {name}")
+
+
+def _lacks_tokenizer(name: str) -> bool:
+    """Whether a model is a folder without a tokenizer; a hub model is known to lack one only when it is loaded."""
+    return Path(name).exists() and not (Path(name) / "tokenizer.json").is_file()
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
@@ -120,7 +125,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     name = find_model(path)
-    if Path(name).exists() and not (Path(name) / "tokenizer.json").is_file():
+    if _lacks_tokenizer(name):
         raise InputError(f"model {name}: expected tokenizer.json beside it")
     try:
         return AutoTokenizer.from_pretrained(name)

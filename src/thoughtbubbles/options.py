@@ -4,11 +4,28 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.errors import InputError
+import yaml
+
+from thoughtbubbles.errors import InputError, one_line
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def read_yaml(path: Path, error: type[InputError]) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        InputError: no such file, one that cannot be read, or not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"recipe {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as reason:
+        raise error(f"recipe {path}: {one_line(reason)}") from None
 
 
 def check_known(name: object, known: Sequence[str], what: str, error: type[InputError], prefix: str = "") -> None:

@@ -9,9 +9,3 @@ class DataError(InputError):
 
 class UnfinishedError(DataError):
     """Work that something outside it stopped (network, disk): what is done stays, and the same call goes on."""
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says of an error, in one line and without its advice."""
-    text = str(error).partition("Example of usage")[0]
-    return " ".join(text.split()) or type(error).__name__

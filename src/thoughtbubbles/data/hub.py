@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
-from thoughtbubbles.data.errors import DataError, UnfinishedError, one_line
+from thoughtbubbles.data.errors import DataError, UnfinishedError
+from thoughtbubbles.errors import one_line
 from thoughtbubbles.options import convert
 
 if TYPE_CHECKING:

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from thoughtbubbles.data.errors import DataError
-from thoughtbubbles.options import check_known, convert
+from thoughtbubbles.options import check_known, convert, read_yaml
 
 # The keys and their types: whatever changes the result. Where to write and how fast are matters of the command line.
 KEYS: dict[str, Any] = {
@@ -35,12 +33,7 @@ def load_preparation(path: str | Path) -> dict[str, Any]:
         DataError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
     place = f"recipe {path}"
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{place}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{place}: {' '.join(str(error).split())}") from None
+    content = read_yaml(Path(path).expanduser(), DataError)
     if not isinstance(content, dict):
         raise DataError(f"{place}: expected keys and values, of {', '.join(KEYS)}")
     try:

@@ -14,7 +14,7 @@ import yaml
 
 from thoughtbubbles.budget import Budget, parse_budget
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.options import WORDS, check_known, convert
+from thoughtbubbles.options import WORDS, check_known, convert, read_yaml
 
 if TYPE_CHECKING:
     from thoughtbubbles.configuration import ThoughtbubblesConfig
@@ -253,12 +253,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """The sections of a recipe, laid over those of the recipe that it extends."""
     if path.resolve() in extended_by:
         raise RecipeError(f"recipe {path}: extends itself")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path}: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: expected the sections {', '.join(_names(Recipe))}")
     if "extends" not in content:

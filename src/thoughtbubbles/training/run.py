@@ -96,12 +96,12 @@ def train(recipe: Recipe, progress: bool = True) -> RunSummary:
         RunError: if the disk is full, or the loss or its gradient is not finite.
         RunInterrupted: after a signal, when everything is saved.
     """
-    data = load_run_data(recipe, progress)
-    config = build_config(recipe, data)
     output = Path(recipe.training.output)
     arguments = build_arguments(recipe, output)
     main = arguments.process_index == 0
     progress = progress and main
+    data = load_run_data(recipe, progress)
+    config = build_config(recipe, data)
     with stop_on_signals() as stop, _opened(recipe, data, output, arguments) as finished, _full_disk_said(output):
         if finished is not None:
             say(f"{output} holds a finished run of this recipe: nothing to do", progress)

@@ -1,6 +1,5 @@
 """What a run trains on and is evaluated on, whatever its task."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,8 +102,7 @@ def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
         InputError: for data that cannot be used.
     """
     if isinstance(recipe.data, FineTuningSection):
-        # Every process reads the rows; one says so.
-        return _load_examples(recipe, recipe.data, progress and os.environ.get("RANK", "0") == "0")
+        return _load_examples(recipe, recipe.data, progress)
     return _load_blocks(recipe, recipe.data)
 
 
