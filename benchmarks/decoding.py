@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from machine import describe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cache import StreamCache
+from thoughtbubbles.machine import describe_machine
 
 VARIANTS = ("ours, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
 
@@ -35,7 +35,7 @@ def main() -> None:
     for batch in arguments.batch_sizes:
         for context in arguments.contexts:
             rows += measure(models, context, batch, arguments)
-    print(json.dumps({"settings": vars(arguments), "machine": describe(arguments.device), "rows": rows}))
+    print(json.dumps({"settings": vars(arguments), "machine": describe_machine(arguments.device), "rows": rows}))
 
 
 def parse_arguments() -> argparse.Namespace:

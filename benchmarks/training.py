@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from machine import describe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import layer_widths, training_flops
+from thoughtbubbles.machine import describe_machine
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def main() -> None:
             "times_dense": median / dense,
         }
         print(f"{variant.name:<22}{1000 * median:>9.1f} ms {median / dense:>6.2f} x dense")
-    print(json.dumps({"settings": vars(arguments), "machine": describe(arguments.device), "variants": rows}))
+    print(json.dumps({"settings": vars(arguments), "machine": describe_machine(arguments.device), "variants": rows}))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -178,13 +178,14 @@ def perplexity(
     budget_rule: Annotated[
         str, typer.Option(help="In prefix mode: `proportional` to the prefix or `fixed`, as for a whole block.")
     ] = "proportional",
-    blocks: Annotated[int | None, typer.Option(help="Only the first so many blocks.", min=1)] = None,
+    blocks: Annotated[int | None, typer.Option(help="Only so many blocks, evenly spaced.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model's perplexity on validation blocks."""
     from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.data.splitting import spread
     from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
     from thoughtbubbles.loading import check_tokenizer, load_model
     from thoughtbubbles.progress import stage
@@ -196,12 +197,11 @@ def perplexity(
     loaded = load_model(model)
     _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
     check_tokenizer(model, prepared.tokenizer(), str(data))
-    count = min(blocks or len(prepared.validation), len(prepared.validation))
-    rows = prepared.validation[:count]["input_ids"]
+    rows = prepared.validation[spread(len(prepared.validation), blocks)]["input_ids"]
     modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.admission_rule == "topk")
     results = []
     for each in modes:
-        with stage(each, count * (rows.shape[1] - 1), enabled=not as_json) as bar:
+        with stage(each, rows.shape[0] * (rows.shape[1] - 1), enabled=not as_json) as bar:
             on_progress = partial(bar.advance, note="tokens")
             results.append(
                 evaluate_perplexity(loaded, rows, each, budget, budget_rule, batch_size, on_progress=on_progress)

@@ -178,16 +178,17 @@ def test_a_run_learns_and_counts_what_it_cost(tuned: Path, tiny_data: PreparedDa
     assert model.config.max_position_embeddings == data.longest
 
 
-def test_evaluations_can_be_cut_to_the_first_rows(tmp_path: Path, tiny_data: PreparedData) -> None:
+def test_evaluations_can_be_cut_to_a_few_rows_evenly_spaced(tmp_path: Path, tiny_data: PreparedData) -> None:
     overrides = ("data.eval_rows=3", "data.final_eval_rows=5", "training.steps=4", "training.eval_every=4")
     recipe = sft_recipe(tmp_path, tiny_data, *overrides)
     final = train(recipe, progress=False).eval_loss
     model = ThoughtbubblesForCausalLM.from_pretrained(tmp_path / "run" / "model")
     data = load_run_data(recipe, progress=False)
-    rows = [data.validation["validation"].rows[index] for index in range(5)]
+    validation = data.validation["validation"].rows
+    few = {count: [validation[place * len(validation) // count] for place in range(count)] for count in (3, 5)}
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval_loss"]
-    assert last == pytest.approx(model(**data.collate(rows[:3])).loss.item(), abs=1e-5)
-    assert final == pytest.approx(model(**data.collate(rows)).loss.item(), abs=1e-5)
+    assert last == pytest.approx(model(**data.collate(few[3])).loss.item(), abs=1e-5)
+    assert final == pytest.approx(model(**data.collate(few[5])).loss.item(), abs=1e-5)
 
 
 def test_micro_batches_of_unequal_lengths_give_the_same_run(

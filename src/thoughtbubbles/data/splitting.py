@@ -38,6 +38,12 @@ def draw(seed: int, purpose: str, value: bytes) -> bytes:
     return hashlib.blake2b(f"{seed}/{purpose}/".encode() + value, digest_size=16).digest()
 
 
+def spread(total: int, count: int | None) -> list[int]:
+    """`count` of the indices below `total`, evenly spaced, or all: a sample that no single document fills."""
+    count = total if count is None else min(count, total)
+    return [index * total // count for index in range(count)]
+
+
 def hold_out(digests: Digests, fraction: float, seed: int, among: Digests | None = None) -> Mask:
     """Choose the validation documents.
 

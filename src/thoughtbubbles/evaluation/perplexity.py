@@ -1,7 +1,7 @@
 """Perplexity over blocks of tokens, blockwise and from prefixes alone (Design 5.2)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -44,7 +44,6 @@ class Perplexity:
     leaks: bool
 
 
-@torch.inference_mode()
 def evaluate_perplexity(
     model: ThoughtbubblesForCausalLM,
     blocks: Tensor,
@@ -66,23 +65,8 @@ def evaluate_perplexity(
     Raises:
         ValueError: for an unknown mode or rule, blocks of fewer than two tokens, or a bad budget.
     """
-    check_options(mode, budget_rule)
-    if blocks.dim() != 2 or blocks.shape[0] == 0 or blocks.shape[1] < 2:
-        raise ValueError(f"blocks of shape {tuple(blocks.shape)}: expected at least one block of at least two tokens")
-    kappa = model.config.exact_budget(budget)
-    was_training = model.training
-    model.eval()
-    sums = []
-    for batch in blocks.to(model.device).split(batch_size):
-        parts = _blockwise(model, batch, kappa) if mode == "blockwise" else _prefix(model, batch, kappa, budget_rule)
-        total = torch.zeros(len(batch), dtype=torch.float64, device=batch.device)
-        for losses in parts:
-            total += losses.double().sum(1)
-            if on_progress is not None:
-                on_progress(losses.numel())
-        sums.append(total.cpu())
-    model.train(was_training)
-    per_block = torch.cat(sums) / (blocks.shape[1] - 1)
+    losses = token_losses(model, blocks, mode, budget, budget_rule, batch_size, on_progress=on_progress)
+    per_block = losses.double().mean(1)
     loss = per_block.mean().item()
     return Perplexity(
         mode=mode,
@@ -91,10 +75,52 @@ def evaluate_perplexity(
         perplexity=math.exp(loss),
         tokens=blocks.shape[0] * (blocks.shape[1] - 1),
         blocks=blocks.shape[0],
-        budget=str(kappa),
+        budget=str(model.config.exact_budget(budget)),
         budget_rule=budget_rule if mode == "prefix" else None,
         leaks=mode == "blockwise" and model.config.routing == "topk",
     )
+
+
+@torch.inference_mode()
+def token_losses(
+    model: ThoughtbubblesForCausalLM,
+    blocks: Tensor,
+    mode: str = "blockwise",
+    budget: Budget | None = None,
+    budget_rule: str = "proportional",
+    batch_size: int = 16,
+    positions: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Losses in nats of the predictions that `evaluate_perplexity` takes the mean of, [n, predicted] float32.
+
+    Args:
+        positions: tokens of a block to predict, from 1 to T - 1, in ascending order; None is all of them. Prefix mode
+            takes a forward for each.
+
+    Raises:
+        ValueError: as `evaluate_perplexity`, and for positions that no block has.
+    """
+    check_options(mode, budget_rule)
+    if blocks.dim() != 2 or blocks.shape[0] == 0 or blocks.shape[1] < 2:
+        raise ValueError(f"blocks of shape {tuple(blocks.shape)}: expected at least one block of at least two tokens")
+    length = blocks.shape[1]
+    places = list(range(1, length)) if positions is None else list(positions)
+    if not places or not all(0 < place < length for place in places):
+        raise ValueError(f"positions={places}: expected some from 1 to {length - 1}")
+    kappa = model.config.exact_budget(budget)
+    was_training = model.training
+    model.eval()
+    rows = []
+    for batch in blocks.to(model.device).split(batch_size):
+        parts = []
+        for losses in _forwards(model, batch, mode, kappa, budget_rule, places):
+            parts.append(losses.cpu())
+            if on_progress is not None:
+                on_progress(losses.numel())
+        rows.append(torch.cat(parts, dim=1))
+    model.train(was_training)
+    return torch.cat(rows)
 
 
 def check_options(mode: str, budget_rule: str) -> None:
@@ -105,18 +131,19 @@ def check_options(mode: str, budget_rule: str) -> None:
         raise ValueError(f"budget_rule={budget_rule!r}: expected one of {', '.join(BUDGET_RULES)}")
 
 
-def _blockwise(model: ThoughtbubblesForCausalLM, batch: Tensor, budget: Fraction) -> Iterator[Tensor]:
-    """Losses [B, T - 1] from one forward."""
-    logits = model(batch, budget=budget).logits[:, :-1]
-    yield F.cross_entropy(logits.transpose(1, 2).float(), batch[:, 1:], reduction="none")
-
-
-def _prefix(model: ThoughtbubblesForCausalLM, batch: Tensor, budget: Fraction, rule: str) -> Iterator[Tensor]:
-    """Losses [B, 1] of one token after another, each from a forward over what stands before it."""
+def _forwards(
+    model: ThoughtbubblesForCausalLM, batch: Tensor, mode: str, budget: Fraction, rule: str, positions: Sequence[int]
+) -> Iterator[Tensor]:
+    """Losses [B, p] of the tokens at `positions`, those of each forward."""
+    if mode == "blockwise":
+        before = torch.tensor(positions, device=batch.device) - 1
+        logits = model(batch, budget=budget, logits_to_keep=before).logits
+        yield F.cross_entropy(logits.transpose(1, 2).float(), batch[:, before + 1], reduction="none")
+        return
     length = batch.shape[1]
     layers = len(model.config.gated_layers)
     most = Fraction(2**layers)  # a bubble cannot grow larger, whatever the budget
-    for end in range(1, length):
+    for end in positions:
         # Where nothing is gated, every token has its streams, as many as the budget says, in whatever length.
         streams = budget if rule == "proportional" or not layers else min(budget * length / end, most)
         logits = model(batch[:, :end], budget=streams, logits_to_keep=1).logits[:, 0]

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from thoughtbubbles.files import write_text
 
 SECONDS_BETWEEN_LINES = 10.0
+# More than any row takes.
+TAIL_BYTES = 1 << 16
 
 
 class MetricsWriter(TrainerCallback):
@@ -20,8 +22,8 @@ class MetricsWriter(TrainerCallback):
 
     Every row has `step`, `tokens` (seen so far) and `flops` (spent on training so far). A training row adds `loss`
     (nats per token, mean since the last row) and `perplexity`, `learning_rate`, `grad_norm` (before clipping),
-    `tokens_per_second` (evaluations and checkpoints left out) and, of the last step, `gate_grad_norm` and the figures
-    of `ForkStatistics`; an evaluation row what `BubbleTrainer.measure` gives.
+    `tokens_per_second` (evaluations and checkpoints left out), `peak_memory` (bytes) and, of the last step,
+    `gate_grad_norm` and the figures of `ForkStatistics`; an evaluation row what `BubbleTrainer.measure` gives.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +59,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole row of a metrics.jsonl, however long the file; empty if there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        row: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    except json.JSONDecodeError:  # a row longer than the tail
+        return {}
+    return row
 
 
 class ProgressDisplay(TrainerCallback):

@@ -1,10 +1,12 @@
-"""What training costs: tokens, floating-point operations, time."""
+"""What training costs: tokens, floating-point operations, time, memory."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from thoughtbubbles.accounting import training_flops
@@ -65,6 +67,21 @@ class Meter:
                 rows = lengths[start : start + micro]
                 self._rows[max(rows), budget] += len(rows)
         self._step = step
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a GPU in tensors, elsewhere all in all, libraries included.
+
+    0 on a platform that does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Clock(TrainerCallback):

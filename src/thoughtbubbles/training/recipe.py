@@ -5,7 +5,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,9 +17,11 @@ from thoughtbubbles.errors import InputError
 from thoughtbubbles.options import WORDS, check_known, convert, read_yaml
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from thoughtbubbles.configuration import ThoughtbubblesConfig
 
-Section = TypeVar("Section", bound="DataSection | FineTuningSection | TrainingSection")
+Section = TypeVar("Section", bound="DataclassInstance")
 TASKS = ("pretrain", "sft")
 PRECISIONS = ("auto", "float32", "bfloat16")
 REPORTERS = ("tensorboard", "wandb")
@@ -48,7 +50,7 @@ class DataSection:
         None,
     )
     eval_blocks: int | None = option(
-        "validation blocks, of each folder, of the evaluations on the way; null is all", None
+        "validation blocks, evenly spaced, of each folder, of the evaluations on the way; null is all", None
     )
     final_eval_blocks: int | None = option("the same, of the evaluation at the end; null is all", None)
 
@@ -75,7 +77,7 @@ class FineTuningSection:
         512,
     )
     tokenizer: str | None = option("tokenizer folder or hub name; null is that of model.pretrained", None)
-    eval_rows: int | None = option("validation rows of the evaluations on the way; null is all", None)
+    eval_rows: int | None = option("validation rows, evenly spaced, of the evaluations on the way; null is all", None)
     final_eval_rows: int | None = option("the same, of the evaluation at the end; null is all", None)
 
 
@@ -140,10 +142,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
     """
-    content = _read(Path(path), ())
+    content = read_sections(Path(path))
     for override in overrides:
-        _apply_override(content, override)
-    return _parse(content)
+        apply_override(content, override, key_names(Recipe), plain=["task"])
+    return parse_recipe(content)
 
 
 def model_config(recipe: Recipe, found: Mapping[str, Any], longest: int | None) -> "ThoughtbubblesConfig":
@@ -249,34 +251,49 @@ def _default(spec: "Field[Any]") -> str:
     return f" [{'null' if spec.default is None else str(spec.default).lower()}]"
 
 
-def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """The sections of a recipe, laid over those of the recipe that it extends."""
+def read_sections(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a recipe, laid over those of the recipe that it extends.
+
+    Raises:
+        RecipeError: no such file, not YAML, not a mapping, or one that extends itself.
+    """
     if path.resolve() in extended_by:
         raise RecipeError(f"recipe {path}: extends itself")
     content = read_yaml(path, RecipeError)
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path}: expected the sections {', '.join(_names(Recipe))}")
+        raise RecipeError(f"recipe {path}: expected the sections {', '.join(key_names(Recipe))}")
     if "extends" not in content:
         return content
-    base = _read(path.parent / str(content.pop("extends")), (*extended_by, path.resolve()))
-    for section, values in content.items():
+    base = read_sections(path.parent / str(content.pop("extends")), (*extended_by, path.resolve()))
+    return lay_over(base, content)
+
+
+def lay_over(base: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with those of `sections` laid over them, key by key."""
+    result = dict(base)
+    for section, values in sections.items():
         both = isinstance(values, dict) and isinstance(base.get(section), dict)
-        base[section] = {**base[section], **values} if both else values
-    return base
+        result[section] = {**base[section], **values} if both else values
+    return result
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str, sections: Sequence[str], plain: Sequence[str]) -> None:
+    """Set a key of `content` as `section.key=value` says, or `key=value` where the key is one of `plain`.
+
+    Raises:
+        RecipeError: if it says neither, names another section, or holds no YAML value.
+    """
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
-    if not (equals and (key == "task" or (dot and name))):
+    if not (equals and (key in plain or (dot and name))):
         raise RecipeError(f"override {override!r}: expected section.key=value, such as training.learning_rate=3e-4")
-    check_known(section, _names(Recipe), "section", RecipeError)
+    check_known(section, sections, "section", RecipeError)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
-    if key == "task":
-        content["task"] = value
+    if key in plain:
+        content[key] = value
         return
     values = content.setdefault(section, {})
     if not isinstance(values, dict):
@@ -284,12 +301,17 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
-def _parse(content: Mapping[str, Any]) -> Recipe:
+def parse_recipe(content: Mapping[str, Any]) -> Recipe:
+    """The recipe that some sections make.
+
+    Raises:
+        RecipeError: an unknown or missing key, or a value of the wrong type.
+    """
     task = content.get("task", "pretrain")
     if task not in TASKS:
         raise RecipeError(f"task={task!r}: expected {' or '.join(TASKS)}")
     for section, values in content.items():
-        check_known(section, _names(Recipe), "section", RecipeError)
+        check_known(section, key_names(Recipe), "section", RecipeError)
         if section != "task" and not isinstance(values, dict):
             raise RecipeError(f"{section}: {values!r}: expected keys and values")
     data = content.get("data", {})
@@ -297,11 +319,11 @@ def _parse(content: Mapping[str, Any]) -> Recipe:
         task=task,
         model=_parse_model(content.get("model", {})),
         data=(
-            _check_data(_parse_section(DataSection, "data", data))
+            _check_data(parse_section(DataSection, "data", data))
             if task == "pretrain"
-            else _check_fine_tuning(_parse_section(FineTuningSection, "data", data))
+            else _check_fine_tuning(parse_section(FineTuningSection, "data", data))
         ),
-        training=_check_training(_parse_section(TrainingSection, "training", content.get("training", {}))),
+        training=_check_training(parse_section(TrainingSection, "training", content.get("training", {}))),
     )
 
 
@@ -315,10 +337,15 @@ def _parse_model(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _parse_section(section: type[Section], prefix: str, values: Mapping[str, Any]) -> Section:
+def parse_section(section: type[Section], prefix: str, values: Mapping[str, Any]) -> Section:
+    """A section, a dataclass of options, from its keys and values.
+
+    Raises:
+        RecipeError: an unknown or missing key, or a value of the wrong type.
+    """
     hints = typing.get_type_hints(section)
     for name in values:
-        check_known(name, _names(section), "key", RecipeError, f"{prefix}.")
+        check_known(name, key_names(section), "key", RecipeError, f"{prefix}.")
     for spec in fields(section):
         if spec.name not in values and spec.default is MISSING and spec.default_factory is MISSING:
             raise RecipeError(f"{prefix}.{spec.name} is missing: expected the {spec.metadata['help']}")
@@ -379,12 +406,12 @@ def _check_data(data: DataSection) -> DataSection:
         raise RecipeError("data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote")
     if data.mixture is not None and (not data.mixture or not min(data.mixture.values()) > 0):
         raise RecipeError(f"data.mixture={data.mixture}: expected folders with weights above 0")
-    _check_counts("data", data, "eval_blocks", "final_eval_blocks")
+    check_counts("data", data, "eval_blocks", "final_eval_blocks")
     return data
 
 
 def _check_fine_tuning(data: FineTuningSection) -> FineTuningSection:
-    _check_counts("data", data, "eval_rows", "final_eval_rows")
+    check_counts("data", data, "eval_rows", "final_eval_rows")
     if data.max_length < 2:
         raise RecipeError(f"data.max_length={data.max_length}: expected at least 2, a token and the next")
     if not 0 < data.validation_fraction < 1:
@@ -392,7 +419,12 @@ def _check_fine_tuning(data: FineTuningSection) -> FineTuningSection:
     return data
 
 
-def _check_counts(prefix: str, section: Any, *names: str) -> None:
+def check_counts(prefix: str, section: Any, *names: str) -> None:
+    """Check that numbers of a section are at least 1.
+
+    Raises:
+        RecipeError: naming the key and its value.
+    """
     for name in names:
         count = getattr(section, name)
         if count is not None and count < 1:
@@ -400,8 +432,8 @@ def _check_counts(prefix: str, section: Any, *names: str) -> None:
 
 
 def _check_training(training: TrainingSection) -> TrainingSection:
-    _check_counts("training", training, "steps", "batch_size", "micro_batch_size", "keep_checkpoints")
-    _check_counts("training", training, "log_every", "eval_every", "save_every")
+    check_counts("training", training, "steps", "batch_size", "micro_batch_size", "keep_checkpoints")
+    check_counts("training", training, "log_every", "eval_every", "save_every")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(training, name) > 0:
             raise RecipeError(f"training.{name}={getattr(training, name)}: expected a number above 0")
@@ -432,5 +464,6 @@ def _check_reporters(reporters: list[str]) -> None:
             raise RecipeError(f"training.report_to={name!r}: expected it to be installed: pip install {name}")
 
 
-def _names(section: type) -> list[str]:
+def key_names(section: type) -> list[str]:
+    """The keys that a section may have."""
     return [spec.name for spec in fields(section)]

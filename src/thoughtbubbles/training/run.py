@@ -1,7 +1,6 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model (Design 5.2)."""
 
 import json
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,11 +12,11 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-import thoughtbubbles
 from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.files import partial_path, replacing, sole_user, write_text
 from thoughtbubbles.loading import check_tokenizer, load_weights
+from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.progress import say
 from thoughtbubbles.sharing import write_model_card
@@ -34,7 +33,7 @@ METRICS_NAME = "metrics.jsonl"
 RUN_NAME = "run.json"
 LOCK_NAME = ".lock"
 CHECKPOINTS_NAME = "checkpoints"
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+LIBRARIES = ("accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ class RunSummary:
 def train(recipe: Recipe, progress: bool = True) -> RunSummary:
     """Train a model as a recipe says, or go on with a run that was interrupted.
 
-    Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity and the
-    libraries' versions), metrics.jsonl, checkpoints/, model/ (the trained model and its tokenizer) and, last,
-    summary.json. If the folder holds an unfinished run of this recipe, it goes on from its newest sound checkpoint,
-    and its metrics are those of a run that was never interrupted; a finished one is returned as it is.
+    Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity, the commit,
+    the machine and the libraries' versions), metrics.jsonl, checkpoints/, model/ (the trained model and its tokenizer)
+    and, last, summary.json. If the folder holds an unfinished run of this recipe, it goes on from its newest sound
+    checkpoint, and its metrics are those of a run that was never interrupted; a finished one is returned as it is.
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop.
 
@@ -150,13 +149,9 @@ def _opened(recipe: Recipe, data: RunData, output: Path, arguments: TrainingArgu
         if not alone:
             raise RecipeError(f"training.output={output} is in use by another run: expected a folder of its own")
         if stored.exists():
-            _check_same_run(recipe, data, output)
+            check_same_run(recipe, data, output)
         else:
-            facts = {
-                "data": data.identity,
-                "thoughtbubbles": thoughtbubbles.__version__,
-                "python": platform.python_version(),
-            }
+            facts = {"data": data.identity, **describe_machine(arguments.device.type)}
             versions = {library: version(library) for library in LIBRARIES}
             write_text(output / RUN_NAME, json.dumps({**facts, **versions}, indent=2) + "\n")
             write_text(stored, recipe.to_yaml())
@@ -167,8 +162,8 @@ def _opened(recipe: Recipe, data: RunData, output: Path, arguments: TrainingArgu
         yield RunSummary.read(output) if (output / SUMMARY_NAME).exists() else None
 
 
-def _check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
-    """Refuse to go on with a run of another recipe or on other data.
+def check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
+    """Refuse to go on with the run in the folder `output` if it is of another recipe or on other data.
 
     Raises:
         RecipeError: saying what differs.

@@ -16,13 +16,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_pt_utils import nested_gather
 
 from thoughtbubbles.budget import Budget
+from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.errors import RunError, RunInterrupted
 from thoughtbubbles.files import partial_path, replacing, write_text
 from thoughtbubbles.modeling import IGNORE_INDEX, ThoughtbubblesForCausalLM
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
 from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.interruption import StopRequest, interrupted
-from thoughtbubbles.training.meter import Clock, Meter, budget_of_step
+from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_memory
 from thoughtbubbles.training.recipe import Recipe
 from thoughtbubbles.training.rundata import RunData, Validation
 
@@ -120,6 +121,7 @@ class BubbleTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, "perplexity": math.exp(min(logs["loss"], MOST_NATS)), **self._fork_figures}
             logs["tokens_per_second"] = self.clock.rate(self.meter.tokens(self.state.global_step))
+            logs["peak_memory"] = peak_memory(self.args.device)
         elif "eval_loss" not in logs:
             return
         step = self.state.global_step
@@ -139,7 +141,7 @@ class BubbleTrainer(Trainer):
         return metrics
 
     def measure(self, rows: int | None) -> dict[str, float]:
-        """Validation losses in nats per token, over the first `rows` of each set.
+        """Validation losses in nats per token, over `rows` of each set, evenly spaced.
 
         `eval_loss` and `eval_perplexity` at the model's own budget, the sets' losses weighted by their shares;
         `eval_loss/NAME` of each set where there are several; `eval_loss/budget_B` at each of `eval_budgets`.
@@ -163,8 +165,7 @@ class BubbleTrainer(Trainer):
     @torch.no_grad()
     def _mean_loss(self, validation: Validation, rows: int | None, budget: Budget | None) -> float:
         """Mean over all targets, each process measuring its share of the rows."""
-        count = len(validation.rows) if rows is None else min(rows, len(validation.rows))
-        ours = range(self.args.process_index, count, self.args.world_size)
+        ours = spread(len(validation.rows), rows)[self.args.process_index :: self.args.world_size]
         loader: DataLoader[Any] = DataLoader(
             Subset(validation.rows, ours),  # type: ignore[arg-type]
             batch_size=self.args.per_device_eval_batch_size,

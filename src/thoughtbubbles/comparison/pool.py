@@ -1,0 +1,173 @@
+"""Trains and measures the runs of a comparison, several at a time, each in a process of its own."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from thoughtbubbles.comparison.display import Display
+from thoughtbubbles.comparison.measuring import Measurements, measure, measurement_settings
+from thoughtbubbles.comparison.recipe import EvaluationSection
+from thoughtbubbles.comparison.runs import Run
+from thoughtbubbles.errors import InputError, RunError, RunInterrupted
+from thoughtbubbles.files import sole_user, write_text
+from thoughtbubbles.training.interruption import stop_on_signals
+from thoughtbubbles.training.run import LOCK_NAME, RUN_NAME, SUMMARY_NAME, train
+from thoughtbubbles.training.rundata import load_run_data
+from thoughtbubbles.training.trainer import DIVERGED_NAME
+
+POLL_SECONDS = 0.5
+# How long the process of a comparison that was killed may take to save its run.
+PATIENCE_SECONDS = 120.0
+FAILED = 1
+
+
+def run_all(runs: Sequence[Run], evaluation: EvaluationSection | None, jobs: int, display: Display) -> dict[str, str]:
+    """Train what is not trained, and measure what is not measured.
+
+    Returns:
+        The label of each run that cannot go on, and why.
+
+    Args:
+        evaluation: how to measure the trained models; None only trains.
+        jobs: processes at a time; on GPUs each has one of them, in turn.
+
+    Raises:
+        RunInterrupted: after a signal, when every run is saved.
+    """
+    waiting = [run for run in runs if not is_done(run, evaluation) and not has_diverged(run)]
+    display.begin(runs, done=len(runs) - len(waiting))
+    failed = {run.label: _reason(run) for run in runs if has_diverged(run)}
+    working: dict[SpawnProcess, tuple[Run, int]] = {}
+    with stop_on_signals() as stop:
+        while working or (waiting and not stop.requested):
+            while waiting and len(working) < jobs and not stop.requested:
+                slot = min(set(range(jobs)) - {slot for _, slot in working.values()})
+                run = waiting.pop(0)
+                working[_start(run, evaluation, jobs, slot)] = run, slot
+                display.started(run)
+            wait([process.sentinel for process in working], timeout=POLL_SECONDS)
+            if stop.requested:
+                _ask_to_stop(working)
+            for process in [process for process in working if not process.is_alive()]:
+                run, _ = working.pop(process)
+                if process.exitcode and not stop.requested:
+                    failed[run.label] = _reason(run)
+                display.ended(run, failed.get(run.label))
+            display.update([run for run, _ in working.values()])
+    if stop.requested:
+        code = 130 if stop.signal == "SIGINT" else 0
+        raise RunInterrupted(f"stopped by {stop.signal}, every run is saved; start again to go on", exit_code=code)
+    return failed
+
+
+def is_done(run: Run, evaluation: EvaluationSection | None) -> bool:
+    """Whether a run is trained, and measured as `evaluation` says."""
+    if not (run.folder / SUMMARY_NAME).exists():
+        return False
+    if evaluation is None:
+        return True
+    identity = json.loads((run.folder / RUN_NAME).read_text(encoding="utf-8"))["data"]
+    return Measurements.read(run.folder, measurement_settings(evaluation, identity)) is not None
+
+
+def has_diverged(run: Run) -> bool:
+    """Whether the loss of a run overflowed: the same steps would lead there again."""
+    return (run.folder / DIVERGED_NAME).exists() and not (run.folder / SUMMARY_NAME).exists()
+
+
+def _reason(run: Run) -> str:
+    """Why a run cannot go on, in one line."""
+    path = _log(run, "error")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else f"its process died; see {_log(run, 'log')}"
+
+
+def _log(run: Run, kind: str) -> Path:
+    """Beside the folder of a run, which holds nothing but the run."""
+    return run.folder.with_name(f"{run.folder.name}.{kind}")
+
+
+def _start(run: Run, evaluation: EvaluationSection | None, jobs: int, slot: int) -> SpawnProcess:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    _log(run, "error").unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(run, evaluation))
+    with _environment(jobs, slot):
+        process.start()
+    return process
+
+
+@contextmanager
+def _environment(jobs: int, slot: int) -> Iterator[None]:
+    """The environment of a new process: its share of the cores, and its GPU; both are read when it imports torch."""
+    import torch
+
+    values = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+        values["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _ask_to_stop(working: Iterable[SpawnProcess]) -> None:
+    """Have the runs saved; those that do not train yet, or no longer, end at once."""
+    for process in working:
+        process.terminate()
+
+
+def _work(run: Run, evaluation: EvaluationSection | None) -> None:
+    """What a process of the pool does."""
+    with _log(run, "log").open("a", encoding="utf-8", buffering=1) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        _stop_with_parent()
+        _wait_until_free(run.folder)
+        try:
+            train(run.recipe)
+            if evaluation is not None and not is_done(run, evaluation):
+                measure(run.folder, load_run_data(run.recipe, progress=False), evaluation)
+        except RunInterrupted:
+            return
+        except (InputError, RunError) as error:
+            write_text(_log(run, "error"), f"{error}\n")
+            sys.exit(FAILED)
+
+
+def _stop_with_parent() -> None:
+    """Save and stop when the comparison itself was killed, which no signal tells its processes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Wait for the process of a comparison that was killed to save this run."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while folder.exists() and time.monotonic() < end:
+        with sole_user(folder / LOCK_NAME) as alone:
+            if alone:
+                return
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,151 @@
+"""The recipe of a comparison: one base, variants, seeds, how to tune and how to measure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thoughtbubbles.budget import Budget, parse_budget
+from thoughtbubbles.comparison.variants import SHIPPED, Variant, parse_variants
+from thoughtbubbles.options import check_known
+from thoughtbubbles.training.recipe import (
+    RecipeError,
+    apply_override,
+    check_counts,
+    option,
+    parse_section,
+    read_sections,
+)
+
+BASE = ("model", "data", "training")
+
+
+@dataclass
+class TuningSection:
+    """How each variant's learning rate is found before the comparison."""
+
+    learning_rates: list[float] = option("rates to try; each variant takes the one of lowest validation loss")
+    data: str = option("prepared folder to tune on: its validation is not that of the comparison")
+    tokens: float = option("training tokens of a try, as a share of the comparison's", 0.25)
+
+
+@dataclass
+class EvaluationSection:
+    """How each trained model is measured."""
+
+    blocks: int = option("validation blocks, evenly spaced", 512)
+    budgets: list[Budget] = option("budgets to evaluate at, beside 1 and the model's own", [1, 1.5, 2, 3, 4])
+    prefix_blocks: int = option("blocks of which some predictions are made from their prefix alone", 256)
+    prefix_positions: int = option("how many of each of these blocks", 8)
+    batch_size: int = option("blocks at a time", 16)
+
+
+@dataclass
+class ComparisonSection:
+    """What belongs to the comparison itself; these keys stand at the top of its recipe."""
+
+    output: str = option("folder for the runs and the report")
+    title: str = option("of tables and plots", "")
+    seeds: list[int] = option("a run of each variant for each of these seeds", [0])
+    baseline: str = option("the variant that the others are compared with", "dense")
+
+
+SECTIONS = {"tuning": TuningSection, "evaluation": EvaluationSection}
+PLAIN = ("output", "title", "seeds", "baseline", "variants")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison.
+
+    Attributes:
+        base: the sections model, data and training of a training recipe that all variants share.
+        variants: by name, in the order of tables.
+        settings: output, seeds, baseline.
+        tuning: None trains at the rates that the recipe says.
+        evaluation: how each trained model is measured.
+    """
+
+    base: dict[str, Any]
+    variants: dict[str, Variant]
+    settings: ComparisonSection
+    tuning: TuningSection | None
+    evaluation: EvaluationSection
+
+    @property
+    def output(self) -> Path:
+        """Folder for the runs and the report."""
+        return Path(self.settings.output)
+
+
+def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
+    """Read the recipe of a comparison and apply `section.key=value` and `key=value` overrides.
+
+    The sections model, data and training are those of a training recipe, which it may also take over by `extends`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
+    """
+    content = read_sections(Path(path))
+    for override in overrides:
+        apply_override(content, override, [*PLAIN, *BASE, *SECTIONS], PLAIN)
+    return parse_comparison(content)
+
+
+def parse_comparison(content: Mapping[str, Any]) -> Comparison:
+    """The comparison that some sections make.
+
+    Raises:
+        RecipeError: an unknown or missing key, or a value of the wrong type.
+    """
+    if content.get("task", "pretrain") != "pretrain":
+        raise RecipeError(f"task={content['task']!r}: expected pretrain, which compares on blocks of text")
+    for name, values in content.items():
+        check_known(name, ["task", *PLAIN, *BASE, *SECTIONS], "section", RecipeError)
+        if name in BASE and not isinstance(values, dict):
+            raise RecipeError(f"{name}: {values!r}: expected keys and values")
+    settings = _settings({name: content[name] for name in PLAIN[:-1] if name in content})
+    variants = parse_variants(content.get("variants", list(SHIPPED)))
+    check_known(settings.baseline, list(variants), "variant in baseline", RecipeError)
+    for name in ("output", "seed"):
+        if name in content.get("training", {}):
+            raise RecipeError(f"training.{name}: the comparison sets it; expected `output` or `seeds` at the top")
+    return Comparison(
+        base={name: dict(content.get(name, {})) for name in BASE},
+        variants=variants,
+        settings=settings,
+        tuning=_tuning(content["tuning"], content) if content.get("tuning") is not None else None,
+        evaluation=_evaluation(content.get("evaluation") or {}),
+    )
+
+
+def _settings(values: Mapping[str, Any]) -> ComparisonSection:
+    settings = parse_section(ComparisonSection, "", values)
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise RecipeError(f"seeds={settings.seeds}: expected one or more, all different")
+    return settings
+
+
+def _tuning(values: Any, content: Mapping[str, Any]) -> TuningSection:
+    if not isinstance(values, dict):
+        raise RecipeError(f"tuning: {values!r}: expected keys and values, or null")
+    tuning = parse_section(TuningSection, "tuning", values)
+    if not tuning.learning_rates or not min(tuning.learning_rates) > 0:
+        raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected rates above 0")
+    if not tuning.tokens > 0:
+        raise RecipeError(f"tuning.tokens={tuning.tokens}: expected a share above 0")
+    if tuning.data == content.get("data", {}).get("path"):
+        raise RecipeError(
+            f"tuning.data={tuning.data}: expected other data than data.path: rates tuned on the validation that is "
+            "reported would flatter it"
+        )
+    return tuning
+
+
+def _evaluation(values: Any) -> EvaluationSection:
+    if not isinstance(values, dict):
+        raise RecipeError(f"evaluation: {values!r}: expected keys and values")
+    evaluation = parse_section(EvaluationSection, "evaluation", values)
+    check_counts("evaluation", evaluation, "blocks", "prefix_blocks", "prefix_positions", "batch_size")
+    evaluation.budgets.sort(key=parse_budget)
+    return evaluation

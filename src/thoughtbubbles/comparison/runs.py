@@ -1,0 +1,126 @@
+"""The runs of a comparison: what each variant trains, for how long, at which rate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thoughtbubbles.accounting import training_flops
+from thoughtbubbles.budget import parse_budget
+from thoughtbubbles.comparison.recipe import Comparison
+from thoughtbubbles.comparison.variants import Variant
+from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.training.meter import Meter
+from thoughtbubbles.training.recipe import Recipe, RecipeError, lay_over, parse_recipe
+from thoughtbubbles.training.run import build_config
+from thoughtbubbles.training.rundata import RunData, load_run_data
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a comparison.
+
+    Attributes:
+        variant: its name.
+        seed: of the run.
+        recipe: what is trained.
+        config: the model's.
+        folder: of the run.
+    """
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    config: ThoughtbubblesConfig
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Short, for people."""
+        return "/".join(self.folder.parts[-2:])
+
+
+class RunPlanner:
+    """Makes the recipes of a comparison's runs.
+
+    Raises:
+        InputError: for data or a variant's model that cannot be used.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.data = load_run_data(self._recipe(Variant("base"), comparison.settings.seeds[0], Path()), progress=False)
+        self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
+        self._steps = {name: self._find_steps(variant) for name, variant in comparison.variants.items()}
+
+    def tuning_runs(self) -> list[Run]:
+        """A run of each variant that tunes its rate, for each rate; none if nothing is tuned."""
+        tuning = self.comparison.tuning
+        if tuning is None or self.tuning_data is None:
+            return []
+        runs = []
+        for name, variant in self.comparison.variants.items():
+            if variant.rate_of not in (None, name):
+                continue
+            for rate in tuning.learning_rates:
+                settings = {"steps": max(1, round(tuning.tokens * self._steps[name])), "learning_rate": rate}
+                folder = self.comparison.output / "tuning" / name / f"{rate:g}"
+                sections: dict[str, dict[str, Any]] = {"data": {"path": tuning.data}, "training": settings}
+                recipe = self._recipe(variant, self.comparison.settings.seeds[0], folder, sections)
+                runs.append(Run(name, recipe.training.seed, recipe, build_config(recipe, self.tuning_data), folder))
+        return runs
+
+    def runs(self, rates: Mapping[str, float]) -> list[Run]:
+        """The runs, seed by seed.
+
+        Args:
+            rates: the tuned learning rate of each variant; those that lack one have what the recipe says.
+        """
+        return [
+            self._run(name, variant, seed, rates.get(variant.rate_of or name))
+            for seed in self.comparison.settings.seeds
+            for name, variant in self.comparison.variants.items()
+        ]
+
+    def _run(self, name: str, variant: Variant, seed: int, rate: float | None) -> Run:
+        settings: dict[str, Any] = {"steps": self._steps[name]}
+        if rate is not None:
+            settings["learning_rate"] = rate
+        folder = self.comparison.output / "runs" / name / f"seed-{seed}"
+        recipe = self._recipe(variant, seed, folder, {"training": settings})
+        return Run(name, seed, recipe, build_config(recipe, self.data), folder)
+
+    def _find_steps(self, variant: Variant) -> int:
+        """Optimizer steps of a variant, and by the way whether its model can be built."""
+        recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
+        config = build_config(recipe, self.data)
+        if variant.flops_of is None:
+            return max(1, round(variant.tokens * recipe.training.steps))
+        other = self.comparison.variants[variant.flops_of]
+        target = self._recipe(other, recipe.training.seed, Path())
+        meter = Meter(target, build_config(target, self.data), self.data.samples, target.training.batch_size)
+        flops = variant.tokens * meter.flops(max(1, round(other.tokens * target.training.steps)))
+        step = recipe.training.batch_size * training_flops(config, self.data.longest)
+        return max(1, round(flops / step))
+
+    def _recipe(
+        self, variant: Variant, seed: int, folder: Path, sections: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Recipe:
+        content = lay_over(self.comparison.base, variant.sections)
+        content = lay_over(content, {"training": {"output": str(folder), "seed": seed}})
+        if variant.elastic:
+            content = lay_over(content, {"training": {"training_budgets": self._elastic_budgets(content["model"])}})
+        return parse_recipe(lay_over(content, sections or {}))
+
+    def _elastic_budgets(self, model: Mapping[str, Any]) -> list[Any]:
+        own = parse_budget(model.get("budget", ThoughtbubblesConfig.budget), "model.budget")
+        return [budget for budget in self.comparison.evaluation.budgets if parse_budget(budget) <= own]
+
+    def _load_tuning_data(self, path: str) -> RunData:
+        first = Variant("base", {})
+        sections = {"data": {"path": path, "mixture": None}}
+        recipe = self._recipe(first, self.comparison.settings.seeds[0], Path(), sections)
+        data = load_run_data(recipe, progress=False)
+        if data.longest != self.data.longest or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
+            raise RecipeError(f"tuning.data={path}: expected the tokenizer and block size of {self.data.source}")
+        return data
