@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all lint bench clean
+BOOKS ?= ../shared/data/books
+JOBS ?= 2
+
+.PHONY: help demo compare-books test test-all lint bench clean
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
+	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (a night on a CPU)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"
@@ -22,6 +26,14 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
+
+# Prepared folders and finished runs are left as they are: the same call goes on where it stopped.
+compare-books: $(READY)
+	$(BIN)/thoughtbubbles prepare runs/books-4k $(BOOKS)/train-0.parquet --validation $(BOOKS)/validation.parquet \
+		--vocab-size 4096 --block-size 128 --limit-tokens 20_000_000
+	$(BIN)/thoughtbubbles prepare runs/books-4k-tuning $(BOOKS)/train-1.parquet --tokenizer runs/books-4k/tokenizer \
+		--block-size 128 --limit-tokens 5_000_000
+	$(BIN)/thoughtbubbles compare recipes/compare/books.yaml --jobs $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not long"

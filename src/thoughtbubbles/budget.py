@@ -31,6 +31,13 @@ def parse_budget(budget: Budget, name: str = "budget") -> Fraction:
     return value
 
 
+def budget_text(budget: Budget) -> str:
+    """A budget for people: 1.5 rather than 3/2, where a short decimal says the same."""
+    value = parse_budget(budget)
+    short = f"{float(value):g}"
+    return short if Fraction(short) == value else str(value)
+
+
 @overload
 def floor_times(ratio: Fraction, n: int) -> int: ...
 @overload

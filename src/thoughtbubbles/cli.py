@@ -5,7 +5,7 @@ Commands import what they need when they run, so that help answers at once.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -115,6 +115,14 @@ def _help_recipe(asked: bool) -> None:
         raise typer.Exit
 
 
+def _help_comparison(asked: bool) -> None:
+    if asked:
+        from thoughtbubbles.comparison.recipe import describe_comparison
+
+        typer.echo(describe_comparison())
+        raise typer.Exit
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file with the sections model, data and training.")],
@@ -160,6 +168,56 @@ def _last_word() -> bool:
     processes.barrier()
     processes.destroy_process_group()
     return main
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of a comparison, such as recipes/compare/books.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value or key=value, such as training.steps=100 or 'seeds=[0, 1]'."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores, or a GPU.", min=1)] = 1,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing: report what is finished so far.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and exit.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+    _help: Annotated[
+        bool,
+        typer.Option(
+            "--help-recipe", callback=_help_comparison, is_eager=True, help="Say what a recipe may hold, and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train variants of a model on the same data, measure them alike, and report.
+
+    Writes report.md, report.json, report.html and plots/ into the recipe's output folder, beside the runs. Finished
+    runs are not done again: started again after whatever stopped it, a comparison goes on where it was.
+    """
+    from thoughtbubbles.comparison.compare import carry_out, look
+    from thoughtbubbles.comparison.pages import write_report
+    from thoughtbubbles.comparison.recipe import load_comparison
+    from thoughtbubbles.comparison.results import build_report
+    from thoughtbubbles.comparison.runs import RunPlanner
+
+    planner = RunPlanner(load_comparison(recipe, overrides or ()))
+    if dry_run:
+        for line in planner.describe():
+            typer.echo(line)
+        return
+    found = look(planner) if report_only else carry_out(planner, jobs, progress=not quiet)
+    output = planner.comparison.output
+    if not found.finished:
+        raise RunError(f"{output}: no run is finished: {_reasons(found.failed) or 'start without --report-only'}")
+    write_report(build_report(planner, found), output)
+    typer.echo(f"{len(found.finished)} runs, {len(found.missing)} missing; report in {output / 'report.html'}")
+    if found.failed:
+        raise RunError(f"{len(found.failed)} runs cannot go on: {_reasons(found.failed)}")
+
+
+def _reasons(failed: Mapping[str, str]) -> str:
+    return "; ".join(f"{label}: {reason}" for label, reason in failed.items())
 
 
 @app.command()

@@ -89,6 +89,17 @@ def test_evaluations_can_be_cut_to_a_few_blocks_evenly_spaced(tmp_path: Path, ti
     assert final == pytest.approx(evaluate_perplexity(model, few).loss, abs=1e-5)
 
 
+def test_a_run_from_before_a_key_existed_goes_on(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    stored = tmp_path / "run" / "recipe.yaml"
+    text = stored.read_text()
+    assert "  report_to: []\n" in text
+    stored.write_text(text.replace("  report_to: []\n", ""))
+    assert train(tiny_recipe(tmp_path, tiny_data.path), progress=False) == RunSummary.read(tiny_run)
+    with pytest.raises(RecipeError, match=r"training\.batch_size: 4 is now 2"):
+        train(tiny_recipe(tmp_path, tiny_data.path, "training.batch_size=2"), progress=False)
+
+
 def test_same_seed_same_metrics(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     train(tiny_recipe(tmp_path, tiny_data.path), progress=False)
     assert comparable(tmp_path / "run") == comparable(tiny_run)

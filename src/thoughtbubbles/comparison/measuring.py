@@ -40,13 +40,10 @@ class Measurements:
     prefix: list[float]
 
     @classmethod
-    def read(cls, folder: Path, settings: dict[str, Any]) -> "Measurements | None":
-        """Those of a run, or None if there are none that were made as `settings` say."""
+    def read(cls, folder: Path) -> "Measurements | None":
+        """Those of a run, or None if there are none."""
         path = folder / MEASUREMENTS_NAME
-        if not path.exists():
-            return None
-        found = cls(**json.loads(path.read_text(encoding="utf-8")))
-        return found if found.settings == settings else None
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def write(self, folder: Path) -> None:
         """Write measurements.json, whole or not at all."""

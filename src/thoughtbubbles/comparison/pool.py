@@ -76,7 +76,8 @@ def is_done(run: Run, evaluation: EvaluationSection | None) -> bool:
     if evaluation is None:
         return True
     identity = json.loads((run.folder / RUN_NAME).read_text(encoding="utf-8"))["data"]
-    return Measurements.read(run.folder, measurement_settings(evaluation, identity)) is not None
+    found = Measurements.read(run.folder)
+    return found is not None and found.settings == measurement_settings(evaluation, identity)
 
 
 def has_diverged(run: Run) -> bool:

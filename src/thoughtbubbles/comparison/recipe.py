@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from thoughtbubbles.budget import Budget, parse_budget
-from thoughtbubbles.comparison.variants import SHIPPED, Variant, parse_variants
+from thoughtbubbles.comparison.variants import SHIPPED, Variant, VariantSection, parse_variants
 from thoughtbubbles.options import check_known
 from thoughtbubbles.training.recipe import (
     RecipeError,
     apply_override,
     check_counts,
+    describe_section,
     option,
     parse_section,
     read_sections,
@@ -88,7 +89,7 @@ def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparis
     """
     content = read_sections(Path(path))
     for override in overrides:
-        apply_override(content, override, [*PLAIN, *BASE, *SECTIONS], PLAIN)
+        apply_override(content, override, [*PLAIN, *BASE, *SECTIONS], [*PLAIN, *SECTIONS])
     return parse_comparison(content)
 
 
@@ -117,6 +118,25 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
         tuning=_tuning(content["tuning"], content) if content.get("tuning") is not None else None,
         evaluation=_evaluation(content.get("evaluation") or {}),
     )
+
+
+def describe_comparison() -> str:
+    """Every key that the recipe of a comparison may have, with its type, its default and what it means."""
+    lines = [
+        "The recipe of a comparison is a YAML file; `extends: OTHER.yaml` takes over what it does not say itself.",
+        "",
+        *describe_section(ComparisonSection, ""),
+        "",
+        "model, data, training: those of a training recipe (thoughtbubbles train --help-recipe), for all variants;",
+        "    output, seed and tuned learning rates are the comparison's own",
+        "",
+        f"variants: names, or a mapping of names to what they say otherwise [{', '.join(SHIPPED)}]",
+        *describe_section(VariantSection),
+    ]
+    for name, section in SECTIONS.items():
+        lines += ["", f"{name}: {(section.__doc__ or '').splitlines()[0].rstrip('.').lower()}"]
+        lines += describe_section(section)
+    return "\n".join(lines)
 
 
 def _settings(values: Mapping[str, Any]) -> ComparisonSection:

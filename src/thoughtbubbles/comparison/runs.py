@@ -1,11 +1,12 @@
 """The runs of a comparison: what each variant trains, for how long, at which rate."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.accounting import training_flops
+from thoughtbubbles.accounting import count_parameters, training_flops
 from thoughtbubbles.budget import parse_budget
 from thoughtbubbles.comparison.recipe import Comparison
 from thoughtbubbles.comparison.variants import Variant
@@ -52,6 +53,18 @@ class RunPlanner:
         self.data = load_run_data(self._recipe(Variant("base"), comparison.settings.seeds[0], Path()), progress=False)
         self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
         self._steps = {name: self._find_steps(variant) for name, variant in comparison.variants.items()}
+
+    def describe(self) -> Iterator[str]:
+        """What would be trained, a line for each variant."""
+        tries = Counter(run.variant for run in self.tuning_runs())
+        for name in self.comparison.variants:
+            run = self._run(name, self.comparison.variants[name], self.comparison.settings.seeds[0], None)
+            settings = run.recipe.training
+            meter = Meter(run.recipe, run.config, self.data.samples, settings.batch_size)
+            line = f"{name}: {settings.steps:,} steps, {meter.tokens(settings.steps):,} tokens"
+            line += f", {meter.flops(settings.steps):.3g} FLOPs; {count_parameters(run.config):,} parameters"
+            line += f"; {len(self.comparison.settings.seeds)} seeds"
+            yield line + (f", {tries[name]} learning rates to try" if tries[name] else "")
 
     def tuning_runs(self) -> list[Run]:
         """A run of each variant that tunes its rate, for each rate; none if nothing is tuned."""
@@ -113,8 +126,9 @@ class RunPlanner:
         return parse_recipe(lay_over(content, sections or {}))
 
     def _elastic_budgets(self, model: Mapping[str, Any]) -> list[Any]:
-        own = parse_budget(model.get("budget", ThoughtbubblesConfig.budget), "model.budget")
-        return [budget for budget in self.comparison.evaluation.budgets if parse_budget(budget) <= own]
+        own = model.get("budget", ThoughtbubblesConfig.budget)
+        lower = [each for each in self.comparison.evaluation.budgets if parse_budget(each) < parse_budget(own)]
+        return [*lower, own]
 
     def _load_tuning_data(self, path: str) -> RunData:
         first = Variant("base", {})

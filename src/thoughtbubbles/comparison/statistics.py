@@ -36,10 +36,10 @@ class Estimate:
 def paired_difference(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> Estimate:
     """Mean of ours minus theirs, with an interval that generalises to other seeds and other blocks at once.
 
-    Seeds and blocks are crossed: every model is measured on the same blocks. The variance is that of the seeds' means
-    over their number plus that of the blocks' means over theirs, which counts the part they share twice and so errs on
-    the wide side; Student's t with Satterthwaite's degrees of freedom does the rest. Blocks of one document are
-    taken to be independent.
+    Seeds and blocks are crossed: every model is measured on the same blocks. The margin is the root of the sum of two
+    squares: Student's margin for the mean of the seeds' means, and that for the mean of the blocks' means. With few
+    seeds that covers the truth at least as often as it says, where Satterthwaite's degrees of freedom, estimated from
+    as few, do not. Blocks of one document are taken to be independent.
 
     Args:
         ours: losses [seeds, blocks].
@@ -59,15 +59,12 @@ def estimate(values: npt.NDArray[np.float64]) -> Estimate:
     from scipy.stats import t
 
     seeds, blocks = values.shape
-    parts = [(np.var(values.mean(1), ddof=1) / seeds, seeds - 1)] if seeds > 1 else []
-    parts += [(np.var(values.mean(0), ddof=1) / blocks, blocks - 1)] if blocks > 1 else []
-    mean, variance = float(values.mean()), float(sum(part for part, _ in parts))
-    if not parts:
-        return Estimate(mean, -math.inf, math.inf, seeds, blocks)
-    if variance == 0:
-        return Estimate(mean, mean, mean, seeds, blocks)
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    margins = [
+        float(t.ppf((1 + CONFIDENCE) / 2, len(means) - 1) * np.std(means, ddof=1)) / math.sqrt(len(means))
+        for means in (values.mean(1), values.mean(0))
+        if len(means) > 1
+    ]
+    mean, margin = float(values.mean()), math.hypot(*margins) if margins else math.inf
     return Estimate(mean, mean - margin, mean + margin, seeds, blocks)
 
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thoughtbubbles.options import check_known, convert
-from thoughtbubbles.training.recipe import RecipeError, lay_over
-
-SECTIONS = ("model", "training")
+from thoughtbubbles.options import check_known
+from thoughtbubbles.training.recipe import RecipeError, lay_over, option, parse_section
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,23 @@ SHIPPED: dict[str, Variant] = {
 }
 """The variants that a comparison may name without saying more."""
 
-_KINDS: dict[str, Any] = {
-    "title": str,
-    "tokens": float,
-    "flops_of": str | None,
-    "rate_of": str | None,
-    "elastic": bool,
-}
+OWN = ("title", "tokens", "flops_of", "rate_of", "elastic")
+
+
+@dataclass
+class VariantSection:
+    """What a variant says otherwise."""
+
+    like: str | None = option(
+        "the variant that it begins as, shipped or listed before it; null is the shipped one of its own name", None
+    )
+    title: str | None = option("in tables and plots; {budget} stands for the model's budget", None)
+    model: dict[str, Any] = option("fields of the model", {})
+    training: dict[str, Any] = option("keys of the training section", {})
+    tokens: float = option("training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0)
+    flops_of: str | None = option("variant whose training FLOPs it may spend; its tokens follow from that", None)
+    rate_of: str | None = option("variant whose tuned learning rate it takes; null tunes its own", None)
+    elastic: bool = option("train at the evaluation's budgets up to the model's own, one drawn for each step", False)
 
 
 def parse_variants(content: Any) -> dict[str, Variant]:
@@ -95,33 +103,24 @@ def _parse_variant(name: str, said: Any, listed: Mapping[str, Variant]) -> Varia
     said = {} if said is None else said
     if not isinstance(said, dict):
         raise RecipeError(f"variants.{name}={said!r}: expected keys and values, or nothing")
-    for key in said:
-        check_known(key, ["like", *_KINDS, *SECTIONS], "key", RecipeError, f"variants.{name}.")
+    section = parse_section(VariantSection, f"variants.{name}", said)
+    for key in ("model", "training"):
+        _check_free(f"variants.{name}.{key}", getattr(section, key))
     known = {**SHIPPED, **listed}
-    like = said.get("like", name)
-    if like not in known and "like" not in said:
-        base = Variant(name)
-    else:
-        check_known(like, list(known), "variant", RecipeError, f"variants.{name}.like=")
-        base = known[like]
-    if like != name:
-        base = replace(base, title=name)
-    values = {
-        key: convert(f"variants.{name}.{key}", said[key], kind, RecipeError)
-        for key, kind in _KINDS.items()
-        if key in said
-    }
-    sections = {key: _section(name, key, said[key]) for key in SECTIONS if key in said}
-    made = replace(base, sections=lay_over(base.sections, sections), **values)
+    if section.like is not None:
+        check_known(section.like, list(known), "variant", RecipeError, f"variants.{name}.like=")
+    base = known.get(section.like or name, Variant(name))
+    values = {key: getattr(section, key) for key in OWN if key in said}
+    if section.like not in (None, name):
+        values = {"title": name, **values}
+    sections = lay_over(base.sections, {"model": section.model, "training": section.training})
+    made = replace(base, sections=sections, **values)
     if not made.tokens > 0:
         raise RecipeError(f"variants.{name}.tokens={made.tokens}: expected a share of the recipe's tokens, above 0")
     return made
 
 
-def _section(name: str, section: str, values: Any) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise RecipeError(f"variants.{name}.{section}={values!r}: expected keys and values")
-    for key in values:
-        if (section, key) in {("training", "output"), ("training", "seed"), ("training", "steps")}:
-            raise RecipeError(f"variants.{name}.{section}.{key}: the comparison sets it; expected `tokens` or nothing")
-    return values
+def _check_free(key: str, values: Mapping[str, Any]) -> None:
+    for name in values:
+        if key.endswith(".training") and name in ("output", "seed", "steps"):
+            raise RecipeError(f"{key}.{name}: the comparison sets it; expected `tokens`, a share, or nothing")

@@ -41,12 +41,12 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str = "") -> None
             va="center",
         )
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", title=title)
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(axis_count))
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_bubbles(
@@ -80,7 +80,7 @@ def plot_bubbles(
     bar = figure.colorbar(image, ax=list(panels), ticks=range(1, most + 1), pad=0.01, fraction=0.02)
     bar.set_label("streams of the token")
     figure.suptitle(title)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _write_counts(axes: Axes, part: Sequence[Sequence[int]], most: int) -> None:
@@ -97,7 +97,8 @@ def _visible(token: str) -> str:
     return shown if len(shown) <= 12 else f"{shown[:11]}…"
 
 
-def _count(value: float, _: object = None) -> str:
+def axis_count(value: float, _: object = None) -> str:
+    """A number on an axis: 1.5M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
@@ -108,6 +109,7 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
     return [colours[i % len(colours)] for i in range(count)]
 
 
-def _save(figure: Figure, output: Path) -> None:
+def save_figure(figure: Figure, output: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with replacing(output) as partial:
         figure.savefig(partial, dpi=150, format="png")

@@ -1,5 +1,6 @@
 """Recipes: one YAML file a run, every key checked (Design 5.2)."""
 
+import copy
 import inspect
 import re
 import textwrap
@@ -34,8 +35,8 @@ class RecipeError(InputError):
 
 def option(help_text: str, default: Any = MISSING) -> Any:
     """A field of a section whose help is its documentation."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_text})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
 
 
@@ -217,11 +218,18 @@ def describe_recipe() -> str:
         ("training", TrainingSection),
     ):
         lines += ["", f"{title}: {(section.__doc__ or '').splitlines()[0].rstrip('.').lower()}"]
-        hints = typing.get_type_hints(section)
-        for spec in fields(section):
-            lines.append(f"  {spec.name}: {_type_name(hints[spec.name])}{_default(spec)}")
-            lines += _wrapped(spec.metadata["help"], "      ")
+        lines += describe_section(section)
     return "\n".join(lines)
+
+
+def describe_section(section: "type[DataclassInstance]", indent: str = "  ") -> list[str]:
+    """The keys that a section may have: type, default and what they mean."""
+    lines = []
+    hints = typing.get_type_hints(section)
+    for spec in fields(section):
+        lines.append(f"{indent}{spec.name}: {_type_name(hints[spec.name])}{_default(spec)}")
+        lines += _wrapped(spec.metadata["help"], f"{indent}    ")
+    return lines
 
 
 def _describe_model_fields() -> list[str]:
@@ -365,6 +373,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is dict and isinstance(value, dict):
         inner = typing.get_args(kind)[1]
         return {str(name): _convert(f"{key}[{name}]", each, inner) for name, each in value.items()}
+    if kind is Any:
+        return value
     if kind == Budget:
         return _budget(key, value)
     if kind in WORDS:

@@ -23,7 +23,7 @@ from thoughtbubbles.sharing import write_model_card
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
-from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, differences, model_config
+from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, differences, load_recipe, model_config
 from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full
 
@@ -168,8 +168,8 @@ def check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
     Raises:
         RecipeError: saying what differs.
     """
-    stored = yaml.safe_load((output / RECIPE_NAME).read_text(encoding="utf-8"))
-    ours = yaml.safe_load(recipe.to_yaml())
+    # Read as a recipe, so that a key that came into being since has its default.
+    stored, ours = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(output / RECIPE_NAME), recipe))
     ours["training"]["output"] = stored["training"]["output"]  # a run may be moved
     if changed := list(differences(stored, ours)):
         raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")

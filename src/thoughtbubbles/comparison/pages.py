@@ -1,0 +1,107 @@
+"""The report of a comparison as Markdown, JSON and a page of HTML that needs no other file."""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from thoughtbubbles.comparison.figures import draw_figures
+from thoughtbubbles.comparison.results import Report
+from thoughtbubbles.comparison.tables import Table, tables
+from thoughtbubbles.files import write_text
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; background: white; border-radius: 4px; }
+.note { opacity: 0.75; font-size: 0.9rem; }
+"""
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md, report.html and plots/*.png."""
+    figures = draw_figures(report, folder / "plots")
+    write_text(folder / "report.json", json.dumps(_finite(asdict(report)), indent=2) + "\n")
+    write_text(folder / "report.md", markdown(report, figures))
+    write_text(folder / "report.html", page(report, figures))
+
+
+def markdown(report: Report, figures: Mapping[str, Path]) -> str:
+    """The report with links to its figures."""
+    parts = [f"# {report.title}", *status(report)]
+    for table in tables(report):
+        parts += [f"## {table.title}", markdown_table(table)]
+    parts += [f"![{caption}](plots/{path.name})" for caption, path in figures.items()]
+    parts += ["## Made on", *(f"- {line}" for line in _machines(report))]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """A table with its note."""
+    lines = ["| " + " | ".join(row) + " |" for row in [table.columns, *table.rows]]
+    lines.insert(1, "| --- |" + " ---: |" * (len(table.columns) - 1))
+    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
+
+
+def page(report: Report, figures: Mapping[str, Path]) -> str:
+    """The report as HTML, its figures inside."""
+    body = [f"<h1>{html.escape(report.title)}</h1>"]
+    body += [f"<p>{html.escape(line)}</p>" for line in status(report)]
+    pictures = [_picture(caption, path) for caption, path in figures.items()]
+    # The first figure answers first; the others follow the numbers.
+    body += pictures[:1]
+    for table in tables(report):
+        body += [f"<h2>{html.escape(table.title)}</h2>", _html_table(table)]
+    body += pictures[1:]
+    body += ["<h2>Made on</h2>", "<ul>", *(f"<li>{html.escape(line)}</li>" for line in _machines(report)), "</ul>"]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    title = f"<title>{html.escape(report.title)}</title>"
+    top = f'<!doctype html>\n<html lang="en"><head>{head}{title}<style>{STYLE}</style></head>'
+    return "\n".join([top, "<body>", *body, "</body></html>"]) + "\n"
+
+
+def status(report: Report) -> list[str]:
+    """What the report rests on, and what it lacks."""
+    lines = [
+        f"Data {report.data['source']}, seeds {', '.join(map(str, report.seeds))}; all variants of a seed see the same "
+        "blocks in the same order."
+    ]
+    if report.missing:
+        lines.append(f"Not finished: {', '.join(report.missing)}.")
+    lines += [f"Failed: {label}: {reason}" for label, reason in report.failed.items()]
+    return lines
+
+
+def _machines(report: Report) -> list[str]:
+    return [", ".join(f"{name} {value}" for name, value in facts.items()) for facts in report.machines]
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    rows = "\n".join(row(cells, "td") for cells in table.rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    return f'<div class="wide"><table>\n{row(table.columns, "th")}\n{rows}\n</table></div>{note}'
+
+
+def _picture(caption: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,152 @@
+"""The tables of a comparison's report, before they are Markdown or HTML."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from thoughtbubbles.budget import budget_text, parse_budget
+from thoughtbubbles.comparison.results import Report, VariantResult
+from thoughtbubbles.comparison.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        title: above it.
+        columns: headings; the first column is aligned left, the others right.
+        rows: cells.
+        note: below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+Column = tuple[str, Callable[[VariantResult], str]]
+
+
+def tables(report: Report) -> Iterator[Table]:
+    """All tables of a report."""
+    yield quality_table(report)
+    yield cost_table(report)
+    if report.pairs:
+        yield pairs_table(report)
+    if (dial := dial_table(report)).rows:
+        yield dial
+    if report.tuned:
+        yield tuning_table(report)
+
+
+def quality_table(report: Report) -> Table:
+    """How well the variants predict."""
+    baseline = report.find(report.baseline)
+    against = report.baseline if baseline is None else baseline.title
+    columns: list[Column] = [
+        ("training tokens", lambda row: count(row.tokens)),
+        ("seeds", lambda row: str(len(row.seeds))),
+        ("perplexity", lambda row: f"{row.perplexity:.2f}{'*' if row.leaks else ''}"),
+        ("prefix-only", lambda row: f"{row.prefix_perplexity:.2f}"),
+        ("at test budget 1", _at_one),
+        ("loss", lambda row: f"{row.loss:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}")),
+        (f"loss minus {against}'s", lambda row: "" if row.to_baseline is None else interval(row.to_baseline)),
+    ]
+    note = (
+        f"Validation on {report.data['blocks']} blocks of {report.data['block_size']} tokens. Losses in nats per "
+        "token, ± standard deviation over seeds; in brackets 95% intervals of the paired differences, over seeds and "
+        "blocks; with one seed they know nothing of how much seeds differ."
+    )
+    if any(row.leaks for row in report.variants):
+        note += " * leaks: topk routing sees later tokens, so its prefix-only perplexity is the one to compare."
+    return _by_variant("Quality", report, columns, note)
+
+
+def cost_table(report: Report) -> Table:
+    """What the variants cost."""
+    columns: list[Column] = [
+        ("parameters", lambda row: count(row.parameters)),
+        ("not embedding", lambda row: count(row.other_parameters)),
+        ("learning rate", lambda row: f"{row.learning_rate:g}"),
+        ("training FLOPs", lambda row: f"{row.training_flops:.3g}"),
+        ("minutes", lambda row: f"{row.seconds / 60:.1f}"),
+        ("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
+        ("peak memory", lambda row: f"{row.peak_memory / 1e9:.2f} GB" if row.peak_memory else "unknown"),
+        ("FLOPs per token at inference", lambda row: f"{row.decoding_flops:.3g}"),
+        ("KV cache per token", lambda row: f"{row.cache_bytes / 1000:,.1f} kB"),
+    ]
+    note = (
+        "Minutes and tokens per second are of training alone, on a machine that may have done other work beside it; "
+        "FLOPs are counted, not measured. Inference with a cache, at the end of a block."
+    )
+    return _by_variant("Cost", report, columns, note)
+
+
+def pairs_table(report: Report) -> Table:
+    """What a reader asks first."""
+    rows = [[pair.ours, pair.theirs, interval(pair.difference), verdict(pair.difference)] for pair in report.pairs]
+    return Table("Questions", ["variant", "against", "difference in loss", ""], rows)
+
+
+def dial_table(report: Report) -> Table:
+    """Perplexity at each test budget, of the variants that have several."""
+    rows = [row for row in report.variants if len(row.at_budget) > 1]
+    budgets = sorted({budget for row in rows for budget in row.at_budget}, key=parse_budget)
+    cells = [
+        [row.title, *(f"{row.at_budget[each].perplexity:.2f}" if each in row.at_budget else "" for each in budgets)]
+        for row in rows
+    ]
+    note = "Perplexity, one forward a block."
+    return Table("Test-time budget", ["variant", *(f"budget {budget_text(each)}" for each in budgets)], cells, note)
+
+
+def tuning_table(report: Report) -> Table:
+    """The learning rates that were tried."""
+    rates = sorted({rate for tuned in report.tuned.values() for rate in tuned.losses})
+    cells = []
+    for name, tuned in report.tuned.items():
+        losses = [_loss(tuned.losses.get(rate), rate == tuned.rate) for rate in rates]
+        cells.append([name, *losses, "at the edge of those tried" if tuned.at_edge else ""])
+    tuning = report.settings["tuning"]
+    note = f"Validation loss after {tuning['tokens']:.0%} of the tokens, on other data than the comparison's, one seed."
+    return Table("Learning rates", ["variant", *(f"{rate:g}" for rate in rates), ""], cells, note)
+
+
+def interval(estimate: Estimate) -> str:
+    """A difference and its interval."""
+    if math.isinf(estimate.low):
+        return f"{estimate.mean:+.4f}"
+    return f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+
+
+def verdict(estimate: Estimate) -> str:
+    """A difference in a word."""
+    if not estimate.settled:
+        return "no difference shown"
+    return "better" if estimate.mean < 0 else "worse"
+
+
+def count(number: float) -> str:
+    """A number in three digits: 1.5M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def _by_variant(title: str, report: Report, columns: list[Column], note: str) -> Table:
+    rows = [[row.title, *(cell(row) for _, cell in columns)] for row in report.variants]
+    return Table(title, ["variant", *(heading for heading, _ in columns)], rows, note)
+
+
+def _at_one(row: VariantResult) -> str:
+    found = row.at_budget.get("1")
+    return "" if found is None or row.budget == "1" or row.routing == "none" else f"{found.perplexity:.2f}"
+
+
+def _loss(loss: float | None, best: bool) -> str:
+    if loss is None:
+        return ""
+    return "diverged" if math.isinf(loss) else f"{loss:.4f}{' (taken)' if best else ''}"
