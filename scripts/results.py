@@ -4,9 +4,12 @@ Each table stands between <!-- NAME --> and <!-- /NAME -->; everything else in t
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
+
+from thoughtbubbles.evaluation.report import Row, table_of
 
 PAGE = Path("docs/results.md")
 DATA = Path("docs/results")
@@ -17,6 +20,8 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(DATA.glob("decoding-*.json")):
         text = fill(text, path.stem, decoding_table(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(DATA.glob("evaluation-*.json")):
+        text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -48,6 +53,18 @@ def decoding_table(result: dict[str, Any]) -> str:
         f"transformers {machine['transformers']}; random weights, budget {result['settings']['budget']:g}."
     )
     return "\n".join(lines) + "\n"
+
+
+def evaluation_table(result: dict[str, Any]) -> str:
+    """The table of a results.json of `thoughtbubbles evaluate`."""
+    rows = [Row(**{**row, "stderr": math.nan if row["stderr"] is None else row["stderr"]}) for row in result["results"]]
+    made = result["made_with"]
+    facts = (
+        f"Routing {result['routing']}, trained at budget {result['own_budget']}; {result['documents']}. Commit "
+        f"{made['commit']}, lm-evaluation-harness {made['lm_eval']}, torch {made['torch']}, transformers "
+        f"{made['transformers']}."
+    )
+    return f"{table_of(rows)}\n{facts}\n"
 
 
 if __name__ == "__main__":

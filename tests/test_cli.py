@@ -16,7 +16,7 @@ from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
-COMMANDS = ("prepare", "train", "compare", "perplexity", "generate", "plan")
+COMMANDS = ("prepare", "train", "compare", "perplexity", "generate", "evaluate", "plan")
 
 
 def run(*arguments: object) -> str:
@@ -89,7 +89,15 @@ def test_perplexity_of_topk_prints_both_modes_and_the_leak(tmp_path: Path, tiny_
     out = run("train", recipe, "model.routing=topk", "training.steps=2", "--quiet")
     assert "leaks" in out
     out = run("perplexity", tmp_path / "run", tiny_data.path, "--blocks", 4)
-    assert [line.split()[0] for line in out.splitlines()] == ["blockwise", "leaks:", "prefix"]
+    assert [line.split()[0] for line in out.splitlines()] == ["blockwise", "per", "leaks:", "prefix", "per"]
+
+
+def test_perplexity_reads_a_text_file(tmp_path: Path, tiny_run: Path) -> None:
+    (tmp_path / "text.txt").write_text("the gate of the root " * 30)
+    out = run("perplexity", tiny_run, tmp_path / "text.txt", "--json")
+    (result,) = json.loads(out)
+    assert result["blocks"] > 5
+    assert 1 < result["byte_perplexity"] < result["perplexity"] < result["word_perplexity"]
 
 
 def test_plan_prints_tables(tiny_run: Path) -> None:

@@ -8,12 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from thoughtbubbles.cli import app
+from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -33,7 +35,7 @@ def commands(*pages: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-@pytest.mark.parametrize("command", commands(README, TRAINING), ids=lambda command: command[0])
+@pytest.mark.parametrize("command", commands(README, TRAINING, EVALUATION), ids=lambda command: command[0])
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
     result = CliRunner().invoke(app, [*command, "--help"])
@@ -49,6 +51,19 @@ def test_training_commands_override_real_keys(page: str) -> None:
     for command in found:
         recipe = load_recipe(ROOT / command[1], [word for word in command[2:] if "=" in word])
         assert recipe.training.steps == 500
+
+
+def test_tasks_tiers_and_files_of_the_guide_are_those_that_there_are() -> None:
+    table = [line.split("|")[1:-1] for line in EVALUATION.partition("## Tasks")[2].partition("## ")[0].splitlines()]
+    rows = {row[0].strip(" `"): row[1:] for row in table if row}
+    for name, benchmark in BENCHMARKS.items():
+        task, documents, headline, _ = (cell.strip() for cell in rows[name])
+        assert task.startswith(f"`{benchmark.task}` ")
+        smoke, small = (int(count.replace(",", "")) for count in documents.split(", ")[:2])
+        assert (smoke, small) == benchmark.documents
+        assert headline == f"`{benchmark.headline.partition(',')[0]}`"
+        for stem in benchmark.files:
+            assert f"`{stem}`" in EVALUATION
 
 
 @pytest.mark.parametrize("text", blocks("yaml", TRAINING))

@@ -17,6 +17,7 @@ import typer
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
@@ -142,11 +143,12 @@ def train(
     The run's folder gets metrics.jsonl, checkpoints/, model/ and summary.json. Started again, a run goes on from its
     newest sound checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save and stop; a second Ctrl-C stops at once.
     """
+    from thoughtbubbles.evaluation.during_training import task_scores
     from thoughtbubbles.training.recipe import load_recipe
     from thoughtbubbles.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or ())
-    summary = run_training(loaded, progress=not quiet)
+    summary = run_training(loaded, progress=not quiet, callbacks=task_scores(loaded))
     if not _last_word():
         return
     leak = " (leaks: topk sees later tokens)" if summary.eval_leaks else ""
@@ -223,7 +225,12 @@ def _reasons(failed: Mapping[str, str]) -> str:
 @app.command()
 def perplexity(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    data: Annotated[Path, typer.Argument(help="Folder that `thoughtbubbles prepare` wrote; its validation split.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that `thoughtbubbles prepare` wrote, of which the validation split is taken, or a text file."
+        ),
+    ],
     mode: Annotated[
         str | None,
         typer.Option(
@@ -240,30 +247,24 @@ def perplexity(
     batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a model's perplexity on validation blocks."""
+    """Measure a model's perplexity on validation blocks, per token, byte and word."""
     from thoughtbubbles.budget import parse_budget
-    from thoughtbubbles.data import load_prepared
-    from thoughtbubbles.data.splitting import spread
-    from thoughtbubbles.evaluation.perplexity import check_options, evaluate_perplexity
-    from thoughtbubbles.loading import check_tokenizer, load_model
+    from thoughtbubbles.evaluation.perplexity import TextSize, check_options, evaluate_perplexity
+    from thoughtbubbles.loading import load_model
     from thoughtbubbles.progress import stage
 
     with _bad_input():
         check_options(mode or "blockwise", budget_rule)
         parse_budget(budget or 1)
-    prepared = load_prepared(data)
+    rows, tokenizer = _validation_blocks(data, model, blocks)
+    size = TextSize.of(tokenizer, rows)
     loaded = load_model(model)
-    _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
-    check_tokenizer(model, prepared.tokenizer(), str(data))
-    rows = prepared.validation[spread(len(prepared.validation), blocks)]["input_ids"]
     modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.admission_rule == "topk")
     results = []
     for each in modes:
-        with stage(each, rows.shape[0] * (rows.shape[1] - 1), enabled=not as_json) as bar:
+        with stage(each, len(rows) * (rows.shape[1] - 1), enabled=not as_json) as bar:
             on_progress = partial(bar.advance, note="tokens")
-            results.append(
-                evaluate_perplexity(loaded, rows, each, budget, budget_rule, batch_size, on_progress=on_progress)
-            )
+            results.append(evaluate_perplexity(loaded, rows, each, budget, budget_rule, batch_size, on_progress, size))
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=2))
     else:
@@ -314,6 +315,83 @@ def generate(
         elif sizes is not None:
             pieces = [str(tokenizer.decode([token])) for token in made.ids]
             typer.echo(mark_bubbles(pieces, sizes))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="With commas between: lambada, hellaswag, blimp, piqa, arc_easy, arc_challenge, gsm8k, wikitext."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the results; made again, a call goes on where it stopped.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the files of the tasks; without, the Hugging Face hub.", show_default=False),
+    ] = None,
+    tier: Annotated[str, typer.Option(help="How many documents: `smoke`, `small` or `full`.")] = "small",
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Documents of each task, evenly spread, in place of the tier's.", min=1, show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Streams per token, such as 2 or 1,1.5,2; if not given, the model's.", show_default=False),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            help="Worked examples before each document, in place of the task's own number.", min=0, show_default=False
+        ),
+    ] = None,
+    separator: Annotated[
+        bool,
+        typer.Option("--separator", help="Start prompts with the token that starts documents, as `task: sft` does."),
+    ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Recompute the prefix for every generated token: the paper's rule for topk."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time; no score depends on it.", min=1)] = 8,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Results of another model to compare with, document by document.", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+) -> None:
+    """Evaluate a model on benchmarks by lm-evaluation-harness and by the authors' protocol.
+
+    Writes results.json, table.md, documents/ (what every document scored) and, for several budgets, scores.png.
+    """
+    from thoughtbubbles.evaluation.benchmarks import parse_tasks
+    from thoughtbubbles.evaluation.evaluate import Options, parse_budgets
+    from thoughtbubbles.evaluation.evaluate import evaluate as run_evaluation
+    from thoughtbubbles.evaluation.records import EvaluationFolder
+    from thoughtbubbles.evaluation.report import PLOT_NAME, panels_of, rows_of, write_report
+
+    options = Options(
+        benchmarks=parse_tasks(tasks),
+        data_dir=data_dir,
+        tier=tier,
+        limit=limit,
+        budgets=None if budget is None else parse_budgets(budget),
+        num_fewshot=num_fewshot,
+        separator=separator,
+        use_cache=not no_cache,
+        batch_size=batch_size,
+    )
+    other = None if against is None else EvaluationFolder(against)
+    if other is not None:
+        _ = other.settings  # before the work: it may be no evaluation
+    folder = run_evaluation(model, output, options, progress=not quiet)
+    typer.echo(write_report(folder, other))
+    rows = rows_of(folder)
+    if len({row.budget for row in rows}) > 1:
+        from thoughtbubbles.inspection.plots import plot_scores
+
+        plot_scores(panels_of(rows), output / PLOT_NAME, Path(model).name)
 
 
 @app.command()
@@ -395,12 +473,34 @@ def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterat
         yield "" if sys.stdin.isatty() else sys.stdin.read()
 
 
+def _validation_blocks(data: Path, model: str, count: int | None) -> "tuple[Tensor, PreTrainedTokenizerBase]":
+    """`count` blocks [n, T] of prepared data or of a text file, evenly spaced, and the tokenizer that made them."""
+    from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.data.splitting import spread
+    from thoughtbubbles.evaluation.perplexity import read_blocks
+    from thoughtbubbles.loading import check_tokenizer, load_config, load_tokenizer
+
+    if data.is_file():
+        config, own = load_config(model), load_tokenizer(model)
+        _check_vocabulary(config.vocab_size, len(own), data)
+        found = read_blocks(data, own, config.max_position_embeddings)
+        return found[spread(len(found), count)], own
+    prepared = load_prepared(data)
+    tokenizer = prepared.tokenizer()
+    _check_vocabulary(load_config(model).vocab_size, prepared.manifest.vocab_size, data)
+    check_tokenizer(model, tokenizer, str(data))
+    rows: Tensor = prepared.validation[spread(len(prepared.validation), count)]["input_ids"]
+    return rows, tokenizer
+
+
 def _describe(result: "Perplexity") -> str:
     rule = f", {result.budget_rule} budget rule" if result.budget_rule == "fixed" else ""
     line = (
         f"{result.mode:<10} loss {result.loss:.4f} +- {result.standard_error:.4f} nats per token, "
         f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens, budget {result.budget}{rule})"
     )
+    if result.byte_perplexity is not None and result.word_perplexity is not None:
+        line += f"\n           per byte {result.byte_perplexity:.4f}, per word {result.word_perplexity:,.2f}"
     if result.leaks:
         line += "\n           leaks: topk routing sees later tokens, so this is no left-to-right likelihood"
     return line

@@ -124,6 +124,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    # Registers the configuration: of one that it does not know transformers asks whether to run the folder's own code.
+    import thoughtbubbles.modeling  # noqa: F401
+
     name = find_model(path)
     if _lacks_tokenizer(name):
         raise InputError(f"model {name}: expected tokenizer.json beside it")

@@ -5,7 +5,7 @@ import pytest
 from tests.comparison.conftest import tiny_comparison
 from tests.run_fixtures import BLOCK
 from thoughtbubbles.accounting import tokens_at_equal_flops, training_flops
-from thoughtbubbles.comparison.runs import RunPlanner
+from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.comparison.variants import SHIPPED
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.training.recipe import RecipeError
@@ -17,24 +17,21 @@ def planner(folder: Path, data: PreparedData, *overrides: str, variants: str = A
     return RunPlanner(tiny_comparison(folder, data.path, *overrides, variants=variants))
 
 
+def _rules(run: Run) -> tuple[str, float, str, str]:
+    config = run.config
+    return config.routing, float(config.exact_budget()), config.merge, config.attenuation
+
+
 def test_every_shipped_variant_makes_the_model_that_it_names(tmp_path: Path, tiny_data: PreparedData) -> None:
     runs = {run.variant: run for run in planner(tmp_path, tiny_data, "seeds=[0]").runs({})}
-    assert list(runs) == list(SHIPPED)
-    found = {
-        name: (run.config.routing, float(run.config.exact_budget()), run.config.merge, run.config.attenuation)
-        for name, run in runs.items()
-    }
+    found = {name: _rules(run) for name, run in runs.items()}
+    assert list(found) == list(SHIPPED)
     assert found["budget-1"] == ("causal", 1, "residual", "paper")
     assert found["copy-root"] == ("copy", 2, "root", "paper")
     assert found["copy-average"] == ("copy", 2, "residual", "paper")
     assert found["no-attenuation"] == ("causal", 2, "residual", "none")
-    assert [found[name][0] for name in ("dense", "pause", "random", "uniform", "topk")] == [
-        "none",
-        "pause",
-        "random",
-        "uniform",
-        "topk",
-    ]
+    plain = ("none", "pause", "random", "uniform", "topk")
+    assert tuple(found[name][0] for name in ("dense", *plain[1:])) == plain
     assert runs["causal-elastic"].recipe.training.training_budgets == [1, 1.5, 2]
     assert runs["causal"].recipe.training.training_budgets is None
     assert runs["causal-half"].recipe.training.steps == runs["dense-half"].recipe.training.steps == 6
@@ -58,7 +55,9 @@ def test_runs_differ_in_what_the_variant_says_and_nothing_else(tmp_path: Path, t
     assert {key for key in dense["training"] if dense["training"][key] != causal["training"][key]} == {"output"}
 
 
-def test_tuned_rates_reach_those_that_share_them(tmp_path: Path, tiny_data: PreparedData, other_data: PreparedData) -> None:
+def test_tuned_rates_reach_those_that_share_them(
+    tmp_path: Path, tiny_data: PreparedData, other_data: PreparedData
+) -> None:
     tuning = f"tuning={{learning_rates: [1e-3, 3e-3], data: {other_data.path}, tokens: 0.5}}"
     made = planner(tmp_path, tiny_data, tuning, variants="{dense: , causal: , topk: {rate_of: causal}}")
     tries = made.tuning_runs()

@@ -1,12 +1,16 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks
 
 
 def model(routing: str, budget: float = 1.5) -> ThoughtbubblesForCausalLM:
@@ -116,3 +120,46 @@ def test_progress_counts_predicted_tokens(blocks: Tensor, mode: str, calls: list
 def test_bad_arguments(blocks: Tensor, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(model("causal"), **{"blocks": blocks, **arguments})
+
+
+def test_figures_per_byte_and_word_are_of_the_predicted_text(tiny_data: PreparedData) -> None:
+    made = random_model(tiny_config(vocab_size=tiny_data.manifest.vocab_size))
+    rows = tiny_data.validation[:4]["input_ids"]
+    size = TextSize.of(tiny_data.tokenizer(), rows)
+    texts = [str(tiny_data.tokenizer().decode(row[1:], skip_special_tokens=True)) for row in rows]
+    assert size == TextSize(sum(len(text) for text in texts), sum(len(text.split()) for text in texts))
+    result = evaluate_perplexity(made, rows, size=size)
+    nats = result.loss * result.tokens
+    assert result.byte_perplexity == pytest.approx(math.exp(nats / size.bytes))
+    assert result.word_perplexity == pytest.approx(math.exp(nats / size.words))
+    bare = evaluate_perplexity(made, rows)
+    assert (bare.byte_perplexity, bare.word_perplexity) == (None, None)
+
+
+def test_bytes_are_those_of_utf_8(tiny_data: PreparedData) -> None:
+    tokenizer = tiny_data.tokenizer()
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode("zwölf €"), tokenizer.eos_token_id]])
+    assert TextSize.of(tokenizer, ids) == TextSize(bytes=10, words=2)
+    assert TextSize.of(tokenizer, ids[:, -2:]).words <= 1
+
+
+def test_text_without_words_has_no_figure_per_word(tiny_data: PreparedData) -> None:
+    made = random_model(tiny_config(vocab_size=tiny_data.manifest.vocab_size))
+    result = evaluate_perplexity(made, tiny_data.validation[:1]["input_ids"], size=TextSize(3, 0))
+    assert result.word_perplexity is None
+
+
+def test_a_text_file_is_one_document_in_blocks(tmp_path: Path, tiny_data: PreparedData) -> None:
+    tokenizer, path = tiny_data.tokenizer(), tmp_path / "text.txt"
+    path.write_text("the gate of the root " * 20)
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(path.read_text())]
+    blocks = read_blocks(path, tokenizer, 16)
+    assert blocks.shape == (len(ids) // 16, 16)
+    assert blocks.flatten().tolist() == ids[: blocks.numel()]
+    assert read_blocks(path, tokenizer, 9999).tolist() == [ids]
+    path.write_text("")
+    with pytest.raises(InputError, match="expected some text"):
+        read_blocks(path, tokenizer, 16)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"data .*text.txt: .*utf-8"):
+        read_blocks(path, tokenizer, 16)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from thoughtbubbles.inspection.bubbles import bubble_sizes
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that plots write, for looking at their data."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure: Figure, output: Path) -> None:
         figures.append(figure)
         save(figure, output)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 
@@ -37,6 +38,23 @@ def test_losses_are_those_of_the_metrics(tmp_path: Path, drawn: list[Figure]) ->
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["dense", "ours"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "loss.png.partial").exists()
+
+
+def test_scores_stand_over_their_budgets(tmp_path: Path, drawn: list[Figure]) -> None:
+    lines = {"harness, acc": [(2.0, 0.5, 0.1), (1.0, 0.4, 0.05)], "authors, acc": [(1.0, 0.3, 0.0)]}
+    panels = {"piqa": lines, "blimp": {"harness, acc": [(1.0, 0.6, 0.0)]}, "a": lines, "b": lines}
+    plots.plot_scores(panels, tmp_path / "scores.png", "model")
+    axes = drawn[0].axes
+    assert [each.get_title() for each in axes[:4]] == ["piqa", "blimp", "a", "b"]
+    first: Any = axes[0].containers[0]
+    assert (list(first.lines[0].get_xdata()), list(first.lines[0].get_ydata())) == ([1.0, 2.0], [0.4, 0.5])
+    assert [segment[:, 1].tolist() for segment in first.lines[2][0].get_segments()] == [
+        pytest.approx([0.35, 0.45]),
+        pytest.approx([0.4, 0.6]),
+    ]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["harness, acc", "authors, acc"]
+    assert [each.axison for each in axes[3:]] == [True, False, False]
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bubbles_are_drawn_token_by_token(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity of left-to-right models, and of those that are not."""
+"""Evaluation: benchmarks, perplexity of left-to-right models and of those that are not, generation."""

@@ -4,16 +4,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from thoughtbubbles.budget import Budget
+from thoughtbubbles.errors import InputError
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODES = ("blockwise", "prefix")
 BUDGET_RULES = ("proportional", "fixed")
+# Perplexities beyond are not numbers in double precision.
+MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Perplexity:
         blocks: evaluated.
         budget: streams per token, as text.
         budget_rule: in prefix mode, `proportional` (kappa t streams for a prefix of t tokens) or `fixed` (kappa T).
+        byte_perplexity: exp of the nats per byte of the predicted text; None where the text is not known.
+        word_perplexity: exp of the nats per word, a run of characters that are no white space; None likewise.
         leaks: whether the predictions saw later tokens, so that the loss is not the likelihood of a left-to-right
             model: blockwise with routing `topk`.
     """
@@ -41,7 +51,48 @@ class Perplexity:
     blocks: int
     budget: str
     budget_rule: str | None
+    byte_perplexity: float | None
+    word_perplexity: float | None
     leaks: bool
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """How much text some blocks predict, so that models with different tokenizers can be compared.
+
+    Attributes:
+        bytes: in UTF-8, special tokens left out; a character that a block's border cuts counts as U+FFFD.
+        words: runs of characters that are no white space; one that a block's border cuts counts in both.
+    """
+
+    bytes: int
+    words: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", blocks: Tensor) -> "TextSize":
+        """The text of every token but the first of blocks [n, T]."""
+        texts = [str(tokenizer.decode(block, skip_special_tokens=True)) for block in blocks[:, 1:].tolist()]
+        return cls(sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts))
+
+
+def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerBase", length: int) -> Tensor:
+    """A text file as blocks [n, length] of tokens: one document, the token that starts documents before it.
+
+    What is left after the last whole block is not used, unless the text is shorter than one: then it is the block.
+
+    Raises:
+        InputError: a file that cannot be read, is not UTF-8, or has no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data {path}: {error}") from None
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = ([] if start is None else [start]) + tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    if len(ids) < 2:
+        raise InputError(f"data {path}: expected some text")
+    length = min(length, len(ids))
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def evaluate_perplexity(
@@ -52,6 +103,7 @@ def evaluate_perplexity(
     budget_rule: str = "proportional",
     batch_size: int = 16,
     on_progress: Callable[[int], None] | None = None,
+    size: TextSize | None = None,
 ) -> Perplexity:
     """Loss of a model over `blocks` [n, T] int64; every token but a block's first is predicted.
 
@@ -61,6 +113,7 @@ def evaluate_perplexity(
         budget: streams per token in place of the configured.
         budget_rule: in prefix mode, see `Perplexity`; `fixed` is the rule that the paper tries beside its own.
         on_progress: called with the number of tokens predicted since the last call.
+        size: of the text of these blocks, for the figures per byte and per word.
 
     Raises:
         ValueError: for an unknown mode or rule, blocks of fewer than two tokens, or a bad budget.
@@ -68,15 +121,18 @@ def evaluate_perplexity(
     losses = token_losses(model, blocks, mode, budget, budget_rule, batch_size, on_progress=on_progress)
     per_block = losses.double().mean(1)
     loss = per_block.mean().item()
+    tokens = blocks.shape[0] * (blocks.shape[1] - 1)
     return Perplexity(
         mode=mode,
         loss=loss,
         standard_error=per_block.std().item() / math.sqrt(len(per_block)) if len(per_block) > 1 else math.nan,
         perplexity=math.exp(loss),
-        tokens=blocks.shape[0] * (blocks.shape[1] - 1),
+        tokens=tokens,
         blocks=blocks.shape[0],
         budget=str(model.config.exact_budget(budget)),
         budget_rule=budget_rule if mode == "prefix" else None,
+        byte_perplexity=_per(loss * tokens, None if size is None else size.bytes),
+        word_perplexity=_per(loss * tokens, None if size is None else size.words),
         leaks=mode == "blockwise" and model.config.routing == "topk",
     )
 
@@ -121,6 +177,11 @@ def token_losses(
         rows.append(torch.cat(parts, dim=1))
     model.train(was_training)
     return torch.cat(rows)
+
+
+def _per(nats: float, units: int | None) -> float | None:
+    """Perplexity of a unit of text; None where there are none."""
+    return math.exp(min(nats / units, MOST_NATS)) if units else None
 
 
 def check_options(mode: str, budget_rule: str) -> None:

@@ -83,6 +83,33 @@ def plot_bubbles(
     save_figure(figure, output)
 
 
+def plot_scores(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], output: Path, title: str = ""
+) -> None:
+    """Scores against budget with bars of one standard error, a panel for each task.
+
+    Args:
+        panels: name of a panel to the lines in it; a line is its label and points (budget, score, standard error).
+        output: PNG to write.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 0.5 + 3 * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (name, lines) in zip(places, panels.items(), strict=False):
+        for (label, points), colour in zip(lines.items(), _cycle(LINE_COLOURS, len(lines)), strict=True):
+            budgets, scores, errors = zip(*sorted(points), strict=True)
+            axes.errorbar(budgets, scores, errors, marker="o", markersize=3.5, capsize=2, color=colour, label=label)
+        axes.set(title=name, xlabel="budget (streams per token)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    save_figure(figure, output)
+
+
 def _write_counts(axes: Axes, part: Sequence[Sequence[int]], most: int) -> None:
     for y, row in enumerate(part):
         for x, count in enumerate(row):

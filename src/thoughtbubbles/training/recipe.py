@@ -104,6 +104,11 @@ class TrainingSection:
         "budgets of which each step draws one, so that one model serves them all; null is the model's own", None
     )
     eval_budgets: list[Budget] | None = option("budgets to evaluate at beside the model's own, as in [1, 1.5, 4]", None)
+    eval_tasks: list[str] | None = option(
+        "benchmarks to score at each evaluation into tasks.jsonl, as in [gsm8k]; needs thoughtbubbles[eval]", None
+    )
+    eval_tasks_dir: str | None = option("folder of their files; null takes them from the Hugging Face hub", None)
+    eval_tasks_documents: int = option("documents of each, evenly spread", 32)
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
     log_every: int = option("steps between lines in metrics.jsonl", 10)
     eval_every: int = option("steps between evaluations", 100)
@@ -443,7 +448,7 @@ def check_counts(prefix: str, section: Any, *names: str) -> None:
 
 def _check_training(training: TrainingSection) -> TrainingSection:
     check_counts("training", training, "steps", "batch_size", "micro_batch_size", "keep_checkpoints")
-    check_counts("training", training, "log_every", "eval_every", "save_every")
+    check_counts("training", training, "log_every", "eval_every", "save_every", "eval_tasks_documents")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(training, name) > 0:
             raise RecipeError(f"training.{name}={getattr(training, name)}: expected a number above 0")

@@ -1,7 +1,7 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model (Design 5.2)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -76,7 +76,7 @@ class RunSummary:
         return cls(**json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8")))
 
 
-def train(recipe: Recipe, progress: bool = True) -> RunSummary:
+def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
     """Train a model as a recipe says, or go on with a run that was interrupted.
 
     Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity, the commit,
@@ -88,6 +88,7 @@ def train(recipe: Recipe, progress: bool = True) -> RunSummary:
 
     Args:
         progress: show progress on standard error.
+        callbacks: of the Trainer, beside those of every run.
 
     Raises:
         InputError: for data or model fields that cannot be used, or an output folder that holds something else, a
@@ -111,7 +112,7 @@ def train(recipe: Recipe, progress: bool = True) -> RunSummary:
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config)
-        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress)
+        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress, callbacks)
         metrics = _run(trainer, data, stop)
         summary = _summarise(trainer, metrics)
         _save_model(trainer, output, summary)
@@ -238,10 +239,11 @@ def build_trainer(
     checkpoint: Checkpoint | None = None,
     stop: StopRequest | None = None,
     progress: bool = False,
+    more: Sequence[TrainerCallback] = (),
 ) -> BubbleTrainer:
-    """The Trainer of a run with its callbacks."""
+    """The Trainer of a run with its callbacks, and `more` of them."""
     output = Path(recipe.training.output)
-    callbacks: list[TrainerCallback] = [MetricsWriter(output / METRICS_NAME)]
+    callbacks: list[TrainerCallback] = [MetricsWriter(output / METRICS_NAME), *more]
     if progress:
         callbacks.append(ProgressDisplay(output.name))
     if checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every):

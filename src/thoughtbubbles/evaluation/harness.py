@@ -1,0 +1,160 @@
+"""The adapter to lm-evaluation-harness, and a launcher of its command line.
+
+The harness finds no models by itself: `python -m thoughtbubbles.evaluation.harness` registers ours and hands over.
+The harness is an optional dependency, so nothing here imports it before it is needed.
+"""
+
+import sys
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thoughtbubbles.budget import Budget
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.loading import find_model
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+MODEL_NAME = "thoughtbubbles"
+# Generated at most where a task does not say how much: the harness's own number.
+MOST_NEW_TOKENS = 256
+
+
+def require_harness() -> None:
+    """Check that lm-evaluation-harness is installed.
+
+    Raises:
+        InputError: saying how to install it.
+    """
+    if find_spec("lm_eval") is None:
+        raise InputError("lm-evaluation-harness is not installed: pip install 'thoughtbubbles[eval]'")
+
+
+@cache
+def adapter() -> "type[HFLM]":
+    """The harness's model class for Thoughtbubbles, registered under the name `thoughtbubbles`.
+
+    Raises:
+        InputError: if the harness is not installed.
+    """
+    require_harness()
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+
+    @register_model(MODEL_NAME)
+    class ThoughtbubblesLM(HFLM):
+        """HFLM whose padding is masked, so that it never spends budget, and whose budget can be set.
+
+        HFLM pads rows on the right with 0 and hands over no lengths, and 0 is a real token. So rows are handed to it
+        with every id one higher: then 0 is padding and nothing else.
+
+        Args:
+            pretrained: a run's folder, a model's folder, a hub name, or a model.
+            budget: streams per token in place of the model's own.
+            use_cache: False recomputes the prefix for each generated token, which the paper's rule (`topk`) needs.
+            arguments: of HFLM.
+        """
+
+        def __init__(
+            self, pretrained: Any, budget: Budget | None = None, use_cache: bool = True, **arguments: Any
+        ) -> None:
+            super().__init__(find_model(pretrained) if isinstance(pretrained, str) else pretrained, **arguments)
+            self.budget = budget
+            self.use_cache = use_cache
+            self.truncated = 0  # texts so far whose left end did not fit
+            self._longest_continuation: int | None = None
+            self.model.config.exact_budget(budget)
+
+        @property
+        def max_gen_toks(self) -> int:
+            """Tokens to generate where a task does not say: at most half of the longest row, the prompt needs room."""
+            return min(MOST_NEW_TOKENS, int(self.max_length) // 2)
+
+        def _loglikelihood_tokens(
+            self,
+            requests: list[tuple[Any, list[int], list[int]]],
+            disable_tqdm: bool = False,
+            override_bs: int | None = None,
+        ) -> list[tuple[float, bool]]:
+            """Log-likelihoods of continuations, of requests (key, context ids, continuation ids)."""
+            self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=None)
+            if (self._longest_continuation or 0) > self.max_length:
+                raise InputError(
+                    f"text of {self._longest_continuation} tokens to score: expected at most {self.max_length}, the "
+                    "model's longest row"
+                )
+            self.truncated += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
+            raised = [(key, _raise(context), _raise(continuation)) for key, context, continuation in requests]
+            # Rolling scores come batch by batch, and a bar for each would be too many.
+            silent = disable_tqdm or override_bs is not None
+            scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(raised, silent, override_bs)
+            return scores
+
+        def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+            """Logits [B, K, V + 1] of raised ids [B, T], of the last K columns, in which all continuations lie."""
+            mask = (inps > 0).long()
+            keep = self._longest_continuation
+            if keep is not None:
+                keep = min(inps.shape[1] - int(mask.sum(1).min()) + keep, inps.shape[1])
+            mixed = self.mixed_precision_dtype
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+                ids = (inps - 1).clamp(min=0)
+                out = self.model(ids, attention_mask=mask, budget=self.budget, logits_to_keep=keep or 0)
+            return F.pad(out.logits, (1, 0), value=-torch.inf)
+
+        def tok_batch_encode(
+            self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Ids and mask [B, T] of prompts, padded on the left and cut there to `left_truncate_len`."""
+            ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+            if left_truncate_len is None:
+                return ids, mask
+            self.truncated += int((mask.sum(1) > left_truncate_len).sum())
+            return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+            """Ids [B, T] of prompts and what follows them; greedy where the task asks for no temperature."""
+            if settings.get("temperature", 0.0) == 0.0 and not settings.get("do_sample"):
+                settings.pop("temperature", None)
+                settings["do_sample"] = False
+            criteria = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+            mixed = self.mixed_precision_dtype
+            with torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+                out: Tensor = self.model.generate(
+                    input_ids=context,
+                    max_length=max_length,
+                    stopping_criteria=criteria,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=self.use_cache,
+                    budget=self.budget,
+                    **settings,
+                )
+            return out
+
+    return ThoughtbubblesLM
+
+
+def _raise(ids: list[int]) -> list[int]:
+    return [token + 1 for token in ids]
+
+
+def main() -> None:
+    """Register the model and run the harness's own command line; bad input is one line and exit code 2."""
+    try:
+        adapter()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except InputError as end:
+        print(f"thoughtbubbles: {end}", file=sys.stderr)
+        sys.exit(end.exit_code)
+
+
+if __name__ == "__main__":
+    main()

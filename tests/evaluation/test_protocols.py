@@ -1,0 +1,121 @@
+"""The authors' protocol by hand, and the likelihood of gold solutions."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.evaluation.benchmark_files import captions, lines, problems, sentence_pairs
+from tests.evaluation.test_harness import make_model, wrap
+from thoughtbubbles import ThoughtbubblesForCausalLM
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.evaluation.protocols import (
+    CHOICES,
+    Choice,
+    _likeliest,
+    gold_likelihoods,
+    last_words,
+    lowest_losses,
+    measure,
+)
+
+
+def token_losses(model: ThoughtbubblesForCausalLM, data: PreparedData, text: str) -> torch.Tensor:
+    ids = torch.tensor([data.tokenizer().encode(text)])
+    return F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_the_lowest_mean_loss_wins(tiny_data: PreparedData, routing: str) -> None:
+    """The first token of a continuation counts, which the authors' script leaves out."""
+    model, tokenizer = make_model(tiny_data, routing=routing), tiny_data.tokenizer()
+    documents = [{**row, "query": row["ctx"], "choices": row["endings"]} for row in captions(24)]
+    choices = [CHOICES["hellaswag"](row) for row in documents]
+    found = lowest_losses(wrap(model, tiny_data), choices, {})
+    expected: list[float] = []
+    without_first: list[float] = []
+    for choice in choices:
+        border = len(tokenizer.encode(choice.prefix))
+        losses = []
+        for option in choice.options:
+            ids = torch.tensor([tokenizer.encode(f"{choice.prefix} {option}")])
+            losses.append(F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")[border - 1 :])
+        for right, first in ((expected, 0), (without_first, 1)):
+            means = [each[first:].mean().item() for each in losses]
+            right.append(float(means.index(min(means)) == choice.gold))
+    assert found == expected
+    assert 0 < sum(found) < 24
+    assert found != without_first
+
+
+def test_sentences_are_scored_whole(tiny_data: PreparedData) -> None:
+    model = make_model(tiny_data)
+    rows = sentence_pairs(1, 12)
+    found = lowest_losses(wrap(model, tiny_data), [CHOICES["blimp"](row) for row in rows], {})
+    expected = []
+    for row in rows:
+        good, bad = (token_losses(model, tiny_data, row[name]).mean() for name in ("sentence_good", "sentence_bad"))
+        expected.append(float(good <= bad))
+    assert found == expected
+    assert 0 < sum(found) < 12
+
+
+def test_known_scores_are_not_computed_again(tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = wrap(make_model(tiny_data), tiny_data)
+    choice = Choice("the gate", ["of root", "of the stream"], 1)
+    tokens = [len(lm._encode_pair("the gate", f" {option}")[1]) for option in choice.options]
+    known = {("the gate", " of root"): -2.0 * tokens[0], ("the gate", " of the stream"): -1.0 * tokens[1]}
+    calls: list[Any] = []
+
+    def note(requests: list[Any]) -> list[Any]:
+        calls.extend(requests)
+        return []
+
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", note)
+    assert lowest_losses(lm, [choice], known) == [1.0]
+    assert calls == []
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_last_word_is_read_off_the_likeliest_tokens(tiny_data: PreparedData, size: int) -> None:
+    model, tokenizer = make_model(tiny_data), tiny_data.tokenizer()
+    texts, wanted = lines(9), []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)])
+        wanted.append(tokenizer.decode(model(ids).logits[0, :-1].argmax(-1)))
+    lm = wrap(model, tiny_data, size)
+    rows = [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(each) for each in _likeliest(lm, rows)] == wanted
+    assert last_words(lm, texts) == [
+        float(b.split(" ")[-1] == a.split(" ")[-1]) for a, b in zip(texts, wanted, strict=True)
+    ]
+
+
+def test_the_last_word_must_be_whole(tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = wrap(make_model(tiny_data), tiny_data)
+    said = {"the root": "he root", "the gates": "he gate", "a fork": " astream fork", "one bubble": "bubble"}
+    encode = lm.tokenizer.encode
+    monkeypatch.setattr(
+        "thoughtbubbles.evaluation.protocols._likeliest",
+        lambda lm, rows: [encode(said[str(lm.tokenizer.decode(row))]) for row in rows],
+    )
+    assert last_words(lm, list(said)) == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_gold_solutions_and_answers(tiny_data: PreparedData) -> None:
+    model, tokenizer = make_model(tiny_data, max_position_embeddings=256), tiny_data.tokenizer()
+    rows = problems(4)
+    solution, answer = gold_likelihoods(wrap(model, tiny_data), rows, preface="the ")
+    assert (solution.metric, answer.metric) == ("solution_loglikelihood", "answer_loglikelihood")
+    for row, whole, last in zip(rows, solution.values, answer.values, strict=True):
+        prompt = f"the Question: {row['question']}\nAnswer:"
+        losses = token_losses(model, tiny_data, f"{prompt} {row['answer']}")
+        assert whole == pytest.approx(-losses[len(tokenizer.encode(prompt)) - 1 :].sum().item(), abs=1e-3)
+        border = len(tokenizer.encode(f"{prompt} {row['answer'].rpartition(' ')[0]}"))
+        assert last == pytest.approx(-losses[border - 1 :].sum().item(), abs=1e-3)
+        assert whole < last < 0
+
+
+def test_wikitext_has_no_other_protocol(tiny_data: PreparedData) -> None:
+    assert measure("wikitext", wrap(make_model(tiny_data), tiny_data), [{"page": "the"}], {}) == []
