@@ -26,10 +26,10 @@ def test_every_shipped_variant_makes_the_model_that_it_names(tmp_path: Path, tin
     runs = {run.variant: run for run in planner(tmp_path, tiny_data, "seeds=[0]").runs({})}
     found = {name: _rules(run) for name, run in runs.items()}
     assert list(found) == list(SHIPPED)
-    assert found["budget-1"] == ("causal", 1, "residual", "paper")
-    assert found["copy-root"] == ("copy", 2, "root", "paper")
-    assert found["copy-average"] == ("copy", 2, "residual", "paper")
-    assert found["no-attenuation"] == ("causal", 2, "residual", "none")
+    assert found["budget-1"] == ("causal", 1.0, "residual", "paper")
+    assert found["copy-root"] == ("copy", 2.0, "root", "paper")
+    assert found["copy-average"] == ("copy", 2.0, "residual", "paper")
+    assert found["no-attenuation"] == ("causal", 2.0, "residual", "none")
     plain = ("none", "pause", "random", "uniform", "topk")
     assert tuple(found[name][0] for name in ("dense", *plain[1:])) == plain
     assert runs["causal-elastic"].recipe.training.training_budgets == [1, 1.5, 2]
