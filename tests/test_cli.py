@@ -16,7 +16,7 @@ from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
-COMMANDS = ("prepare", "train", "compare", "perplexity", "generate", "evaluate", "plan")
+COMMANDS = ("prepare", "train", "compare", "perplexity", "generate", "evaluate", "inspect", "plan", "demo")
 
 
 def run(*arguments: object) -> str:

@@ -15,6 +15,7 @@ from thoughtbubbles.training.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+INSPECTION = (ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -29,13 +30,25 @@ def test_python_runs_and_prints_what_it_says(code: str, capsys: pytest.CaptureFi
     assert "torch.Size([2, 32, 1000])" in capsys.readouterr().out
 
 
+def test_the_guide_to_inspection_runs(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    # The tiny run's vocabulary makes more tokens of a text than its longest row takes.
+    code = "\n".join(blocks("python", INSPECTION)).replace("The old man walked slowly.", "the root of gate")
+    exec(compile(code.replace("[3, 7]", "[1, 2]"), "inspection.md", "exec"), {})
+    assert "Lifetime(stream=3, token=3" in capsys.readouterr().out
+
+
 def commands(*pages: str) -> list[list[str]]:
     texts = [block for page in pages for block in blocks("sh", page)]
     lines = [line for block in texts for line in block.splitlines() if line.startswith("thoughtbubbles ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-@pytest.mark.parametrize("command", commands(README, TRAINING, EVALUATION), ids=lambda command: command[0])
+@pytest.mark.parametrize("command", commands(README, TRAINING, EVALUATION, INSPECTION), ids=lambda command: command[0])
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
     result = CliRunner().invoke(app, [*command, "--help"])

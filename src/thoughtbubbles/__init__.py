@@ -12,25 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thoughtbubbles.configuration import ThoughtbubblesConfig
     from thoughtbubbles.conversion import convert_released_state_dict
+    from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles
     from thoughtbubbles.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
     from thoughtbubbles.streams import Streams
 
 __version__ = "0.1.0"
 __all__ = [
+    "BubbleTrace",
     "Streams",
     "ThoughtbubblesConfig",
     "ThoughtbubblesForCausalLM",
     "ThoughtbubblesModel",
     "__version__",
     "convert_released_state_dict",
+    "trace_bubbles",
 ]
 
 _HOMES = {
+    "BubbleTrace": "inspection.trace",
     "Streams": "streams",
     "ThoughtbubblesConfig": "configuration",
     "ThoughtbubblesForCausalLM": "modeling",
     "ThoughtbubblesModel": "modeling",
     "convert_released_state_dict": "conversion",
+    "trace_bubbles": "inspection.trace",
 }
 
 

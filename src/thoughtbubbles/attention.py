@@ -51,7 +51,7 @@ def attenuated_attention(
     head_dim = q.shape[-1]
     scale = 1 / math.sqrt(head_dim)
     if log_score is not None:
-        q, k, v = _attenuate(q, k, v, log_score, rule, scale)
+        q, k, v = attenuate(q, k, v, log_score, rule, scale)
     mask, is_causal = None, True
     if memory is not None and placement is not None:
         k, v = memory.append(k, v, placement)
@@ -60,7 +60,7 @@ def attenuated_attention(
     return out[..., :head_dim]
 
 
-def _attenuate(
+def attenuate(
     q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v whose plain product, scaled by `scale`, is the attenuated one; `paper` widens them."""

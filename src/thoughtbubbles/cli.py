@@ -395,6 +395,149 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    text: Annotated[str | None, typer.Option(help="A text to trace.", show_default=False)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Or a folder that `thoughtbubbles prepare` wrote: statistics over its validation split."),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
+    token: Annotated[
+        int | None,
+        typer.Option(
+            help="With --text: the token whose family tree is drawn, counted from 0, which is the separator in front; "
+            "if not given, the one with the largest bubble.",
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="With --data: only so many blocks, evenly spaced.", min=1, show_default=False)
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="With --data: a dense model that measures entropy and surprisal too.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures (PNG and SVG), JSON and the trace (Parquet).", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See where a model thinks: in one text, or on average over a corpus."""
+    from thoughtbubbles.budget import parse_budget
+
+    if (text is None) == (data is None):
+        raise InputError("--text, --data: expected exactly one of them")
+    misplaced = [("--token", token, data), ("--blocks", blocks, text), ("--reference", reference, text)]
+    for name, value, other in misplaced:
+        if value is not None and other is not None:
+            raise InputError(f"{name}={value}: expected it with {'--text' if name == '--token' else '--data'} alone")
+    with _bad_input():
+        parse_budget(budget or 1)
+        if text is not None:
+            _inspect_text(model, text, budget, token, output, as_json)
+        elif data is not None:
+            _inspect_data(model, data, budget, blocks, reference, output, as_json)
+
+
+def _inspect_text(
+    model: str, text: str, budget: str | None, token: int | None, output: Path | None, as_json: bool
+) -> None:
+    from thoughtbubbles.inspection.report import inspect_text, show_report, write_report
+    from thoughtbubbles.loading import load_model, load_tokenizer
+    from thoughtbubbles.progress import stage
+
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    with stage("deleting bubbles", None, enabled=not as_json) as bar:
+        report = inspect_text(loaded, tokenizer, text, budget, token, partial(bar.advance, note="bubbles"))
+    if report.tokens_cut:
+        kept = len(report.trace.ids)
+        typer.echo(f"text of {kept + report.tokens_cut} tokens: cut to the first {kept}, all that fit", err=True)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        show_report(report)
+    if output is not None:
+        _say_written(write_report(report, output), output)
+
+
+def _inspect_data(
+    model: str,
+    data: Path,
+    budget: str | None,
+    blocks: int | None,
+    reference: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.data.splitting import spread
+    from thoughtbubbles.inspection.report import (
+        WORD_BLOCKS,
+        check_reference,
+        show_statistics,
+        write_statistics,
+    )
+    from thoughtbubbles.inspection.statistics import gather_statistics
+    from thoughtbubbles.inspection.words import count_words
+    from thoughtbubbles.loading import check_tokenizer, load_model
+    from thoughtbubbles.progress import stage
+
+    prepared = load_prepared(data)
+    loaded = load_model(model)
+    _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
+    tokenizer = prepared.tokenizer()
+    check_tokenizer(model, tokenizer, str(data))
+    independent = None
+    if reference is not None:
+        independent = load_model(reference)
+        check_reference(loaded, independent, reference)
+        check_tokenizer(reference, tokenizer, str(data))
+    rows = prepared.validation[spread(len(prepared.validation), blocks)]["input_ids"]
+    words = count_words(tokenizer, prepared.train[:WORD_BLOCKS]["input_ids"].tolist())
+    with stage("inspecting", rows.numel(), enabled=not as_json) as bar:
+        note = partial(bar.advance, note="tokens")
+        found = gather_statistics(loaded, tokenizer, rows, words, budget, independent, on_progress=note)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        show_statistics(found)
+    if output is not None:
+        _say_written(write_statistics(found, output), output)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    other: Annotated[str | None, typer.Argument(help="A second model, shown beside the first.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of this machine; if not given, the first free one from 7860 on.",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Open a page that shows a model think: its bubbles, token by token, at any budget.
+
+    The page is served to this machine alone. It needs gradio: pip install 'thoughtbubbles[demo]'.
+    """
+    from thoughtbubbles.app.exhibit import Exhibit
+    from thoughtbubbles.app.page import serve
+    from thoughtbubbles.loading import load_model, load_tokenizer
+
+    names = [model] if other is None else [model, other]
+    serve([Exhibit(name, load_model(name), load_tokenizer(name)) for name in names], port)
+
+
+def _say_written(paths: list[Path], folder: Path) -> None:
+    typer.echo(f"{', '.join(path.name for path in paths)} in {folder}", err=True)
+
+
+@app.command()
 def plan(
     config: Annotated[
         str,

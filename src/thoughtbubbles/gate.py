@@ -66,7 +66,7 @@ class ForkGate(nn.Module):
         else:
             width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
-        return self._select(streams, scores, origin, alive)
+        return self.select(streams, scores, origin, alive)
 
     def candidate_scores(self, streams: Streams) -> Tensor:
         """[B, 2N] log scores of the candidates, (fork, keep) where each stream stood."""
@@ -74,7 +74,7 @@ class ForkGate(nn.Module):
             gates = F.logsigmoid(self.projection(self.norm(streams.residual)))
         return (streams.log_score[..., None] + gates.clamp(min=MIN_LOG_SIGMOID)).flatten(1)
 
-    def _select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
+    def select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
         """The streams that the candidates `origin` [B, N'] become; slots not alive are emptied."""
         source = origin // 2
         rows = torch.arange(len(source), device=source.device)[:, None] * streams.token.shape[1]

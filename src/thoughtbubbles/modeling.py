@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -24,11 +23,10 @@ from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .decoding import StreamGenerationMixin
 from .gate import ForkGate
+from .loss import next_token_loss, next_token_targets
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import ColumnMap, Streams
-
-IGNORE_INDEX = -100
 
 logger = logging.get_logger(__name__)
 
@@ -346,23 +344,6 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         logits = self.lm_head(self.model.norm(out.final_streams.residual))
         log_probs = logits.to(out.final_streams.log_score.dtype).log_softmax(-1)
         return out.final_streams.mix_log_probs(log_probs, bool(out.merge_is_weighted))
-
-
-def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
-    """For each column [B, T] the label of its row's next real token; -100 where there is none."""
-    if columns is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    ordered = columns.compact(labels).masked_fill(~columns.alive, IGNORE_INDEX)
-    targets = columns.restore(F.pad(ordered[:, 1:], (0, 1), value=IGNORE_INDEX))
-    return targets.masked_fill(~columns.real, IGNORE_INDEX)
-
-
-def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy in nats, float32 or wider: the mean over the targets, or their sum divided by `num_items`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    reduction = "mean" if num_items is None else "sum"
-    loss = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
-    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
 
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:

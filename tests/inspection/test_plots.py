@@ -72,7 +72,7 @@ def test_bubbles_are_drawn_token_by_token(tmp_path: Path, drawn: list[Figure]) -
     ("token", "shown"), [("\n        ", "↵·×8"), (" the", "·the"), ("$x$", r"\$x\$"), ("a" * 20, "a" * 11 + "…")]
 )
 def test_tokens_show_their_white_space(token: str, shown: str) -> None:
-    assert plots._visible(token) == shown
+    assert plots.visible_token(token) == shown
 
 
 def test_bubble_sizes_are_those_of_the_streams(tiny_run: Path) -> None:

@@ -76,8 +76,7 @@ def generate_text(
     """
     generator: Any = model  # transformers types `generate` for its own classes
     model.config.exact_budget(budget)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids: list[int] = ([] if start is None else [start]) + tokenizer.encode(prompt, add_special_tokens=False)
+    ids: list[int] = start_document(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     longest = model.config.max_position_embeddings
     if not ids:
         raise ValueError("prompt='': expected some text, since the tokenizer has no token to start a document with")
@@ -97,3 +96,9 @@ def generate_text(
     produced: list[int] = out[0].tolist()
     continuation = tokenizer.decode(produced[len(ids) :], skip_special_tokens=True)
     return Generation(prompt, str(continuation), produced, len(ids))
+
+
+def start_document(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token that documents of the training data start with, their separator; none where there is no such token."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if start is None else [int(start)]

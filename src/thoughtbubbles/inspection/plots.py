@@ -1,4 +1,4 @@
-"""Plots, written as PNG."""
+"""Plots of runs and of bubbles."""
 
 import math
 import re
@@ -52,13 +52,19 @@ def plot_losses(runs: Mapping[str, Path], output: Path, title: str = "") -> None
 def plot_bubbles(
     tokens: Sequence[str], sizes: Sequence[Sequence[int]], fork_layers: Sequence[int], output: Path, title: str = ""
 ) -> None:
+    """Write `draw_bubbles` as PNG to `output`."""
+    save_figure(draw_bubbles(tokens, sizes, fork_layers, title), output)
+
+
+def draw_bubbles(
+    tokens: Sequence[str], sizes: Sequence[Sequence[int]], fork_layers: Sequence[int], title: str = ""
+) -> Figure:
     """The number of streams of each token at each layer, tokens in reading order, a few dozen a row.
 
     Args:
         tokens: T labels.
         sizes: [L, T] streams of each token in each block.
         fork_layers: marked on the layer axis.
-        output: PNG to write.
     """
     layers, most = len(sizes), max(max(row) for row in sizes)
     rows = math.ceil(len(tokens) / TOKENS_PER_ROW)
@@ -71,7 +77,7 @@ def plot_bubbles(
         part = [[layer[column] for column in columns] for layer in sizes]
         image = axes.imshow(part, cmap=colours, norm=norm, aspect="auto", origin="lower")
         _write_counts(axes, part, most)
-        axes.set_xticks(range(len(columns)), [_visible(tokens[c]) for c in columns], rotation=55, ha="right")
+        axes.set_xticks(range(len(columns)), [visible_token(tokens[c]) for c in columns], rotation=55, ha="right")
         axes.tick_params(axis="x", labelsize=9, length=0)
         axes.set_yticks(range(layers), [f"fork {i}" if i in fork_layers else str(i) for i in range(layers)])
         axes.set_xlim(-0.5, TOKENS_PER_ROW - 0.5)
@@ -80,7 +86,7 @@ def plot_bubbles(
     bar = figure.colorbar(image, ax=list(panels), ticks=range(1, most + 1), pad=0.01, fraction=0.02)
     bar.set_label("streams of the token")
     figure.suptitle(title)
-    save_figure(figure, output)
+    return figure
 
 
 def plot_scores(
@@ -117,7 +123,7 @@ def _write_counts(axes: Axes, part: Sequence[Sequence[int]], most: int) -> None:
             axes.text(x, y, str(count), ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def _visible(token: str) -> str:
+def visible_token(token: str) -> str:
     """A token with its white space shown, short enough for an axis."""
     shown = re.sub(" {3,}", lambda run: f"·×{len(run[0])}", token)
     shown = shown.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·").replace("$", r"\$")

@@ -14,7 +14,7 @@ from thoughtbubbles.data.mixture import BlockMixture
 from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
 from thoughtbubbles.data.tokenizer import load_tokenizer, vocabulary_size
 from thoughtbubbles.loading import load_tokenizer as load_model_tokenizer
-from thoughtbubbles.modeling import IGNORE_INDEX
+from thoughtbubbles.loss import IGNORE_INDEX
 from thoughtbubbles.progress import say
 from thoughtbubbles.training.recipe import DataSection, FineTuningSection, Recipe, RecipeError
 

@@ -19,7 +19,8 @@ from thoughtbubbles.budget import Budget
 from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.errors import RunError, RunInterrupted
 from thoughtbubbles.files import partial_path, replacing, write_text
-from thoughtbubbles.modeling import IGNORE_INDEX, ThoughtbubblesForCausalLM
+from thoughtbubbles.loss import IGNORE_INDEX
+from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
 from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.interruption import StopRequest, interrupted

@@ -1,0 +1,1 @@
+"""The demo page: see a model think, in a browser."""
