@@ -26,7 +26,7 @@ from thoughtbubbles.sharing import AUTO_MAP, CARD_NAME, copy_code, write_model_c
 CODE = {
     f"{name}.py"
     for name in (
-        *("configuration", "budget", "streams", "routing", "gate", "attention", "cache", "outputs", "modeling"),
+        *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         *("accounting", "controls", "sharing", "decoding"),
     )
 }
