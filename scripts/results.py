@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from thoughtbubbles.comparison.pages import markdown_table
+from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.evaluation.report import Row, table_of
 
 PAGE = Path("docs/results.md")
@@ -20,6 +22,8 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(DATA.glob("decoding-*.json")):
         text = fill(text, path.stem, decoding_table(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(DATA.glob("compare-*.json")):
+        text = fill(text, path.stem, comparison_tables(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(DATA.glob("evaluation-*.json")):
         text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
     PAGE.write_text(text, encoding="utf-8")
@@ -53,6 +57,19 @@ def decoding_table(result: dict[str, Any]) -> str:
         f"transformers {machine['transformers']}; random weights, budget {result['settings']['budget']:g}."
     )
     return "\n".join(lines) + "\n"
+
+
+def comparison_tables(result: dict[str, Any]) -> str:
+    """The tables of the report.json of a comparison, and what they were made on."""
+    parts = list(result["status"])
+    for each in result["tables"]:
+        parts += [f"**{each['title']}**", markdown_table(Table(**each))]
+    for facts in result["machines"]:
+        made = (
+            f"commit {facts['commit']}, {facts['device']}, {facts['threads']} thread(s) a run, torch {facts['torch']}"
+        )
+        parts.append(f"Runs made at {made}, transformers {facts['transformers']}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def evaluation_table(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 INSPECTION = (ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -48,7 +49,9 @@ def commands(*pages: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-@pytest.mark.parametrize("command", commands(README, TRAINING, EVALUATION, INSPECTION), ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", commands(README, TRAINING, COMPARISON, EVALUATION, INSPECTION), ids=lambda command: command[0]
+)
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
     result = CliRunner().invoke(app, [*command, "--help"])

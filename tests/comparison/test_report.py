@@ -132,6 +132,7 @@ def test_files_of_a_report(tmp_path: Path, report: Report) -> None:
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in content["variants"]] == [row.name for row in report.variants]
     assert content["variants"][-1]["spread"] is None
+    assert [table["title"] for table in content["tables"]] == ["Quality", "Cost", "Questions", "Test-time budget"]
     html = (tmp_path / "report.html").read_text()
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["curves.png", "dial.png", "differences.png", "half.png", "matrix.png"]

@@ -27,9 +27,10 @@ img { max-width: 100%; background: white; border-radius: 4px; }
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md, report.html and plots/*.png."""
+    """Write report.json (with the tables as they are shown), report.md, report.html and plots/*.png."""
     figures = draw_figures(report, folder / "plots")
-    write_text(folder / "report.json", json.dumps(_finite(asdict(report)), indent=2) + "\n")
+    content = {**asdict(report), "status": status(report), "tables": [asdict(table) for table in tables(report)]}
+    write_text(folder / "report.json", json.dumps(_finite(content), indent=2) + "\n")
     write_text(folder / "report.md", markdown(report, figures))
     write_text(folder / "report.html", page(report, figures))
 
