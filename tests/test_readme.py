@@ -1,13 +1,23 @@
-"""The README's commands and code do what it says."""
+"""The commands and the code of README and guides do what they say."""
 
+import ast
+import inspect
 import re
+import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from tests.run_fixtures import sentences
+from tests.test_conversion import released_state_dict
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, accounting
 from thoughtbubbles.cli import app
+from thoughtbubbles.comparison.recipe import load_comparison
+from thoughtbubbles.configuration import PRESETS
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import load_recipe
@@ -18,6 +28,9 @@ TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 INSPECTION = (ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -43,6 +56,117 @@ def test_the_guide_to_inspection_runs(
     assert "Lifetime(stream=3, token=3" in capsys.readouterr().out
 
 
+def test_the_python_interface_runs_and_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(sentences(24)):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(text)
+    torch.save(released_state_dict(), tmp_path / "released.pt")
+    monkeypatch.chdir(tmp_path)
+    # The released model of the tests has 8 channels.
+    code = "\n".join(blocks("python", API)).replace("num_attention_heads=20", "num_attention_heads=2")
+    exec(compile(code, "api.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for value in (
+        "[0, 1, 2] 3/2 4/3",
+        "torch.Size([2, 24, 1000])",
+        "StreamCache(columns=20, rows=2, budget=3/2)",
+        ", seeds=1, blocks=4)",
+        "152,016,384",
+        "[1024, 2048, 2048, 2048]",
+    ):
+        assert value in printed
+        assert value in API
+    assert (tmp_path / "runs" / "compared" / "report.html").exists()
+    assert ThoughtbubblesConfig.from_pretrained(tmp_path / "runs" / "converted").attenuation == "released"
+
+
+def table_of(page: str, header: str) -> list[list[str]]:
+    """The cells of the rows below a table's header."""
+    _, found, below = page.partition(f"\n| {header}|\n")
+    assert found
+    lines = below.splitlines()[1:]
+    rows = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_fields_of_the_configuration_are_those_that_there_are() -> None:
+    found = {name.strip("`"): ast.literal_eval(default) for name, default, _ in table_of(API, "field | default | ")}
+    assert found == {name: getattr(ThoughtbubblesConfig, name) for name in found}
+    assert list(found) == list(ThoughtbubblesConfig.__annotations__)
+
+
+def test_presets_of_the_page_are_those_that_there_are() -> None:
+    rows = table_of(API, "preset | layers x width | heads | fork layers | vocabulary | longest row | parameters ")
+    assert [row[0].strip("`") for row in rows] == list(PRESETS)
+    for name, *cells in rows:
+        made = ThoughtbubblesConfig.preset(name.strip("`"))
+        assert cells == [
+            f"{made.num_hidden_layers} x {made.hidden_size}",
+            str(made.num_attention_heads),
+            ", ".join(map(str, made.gated_layers)),
+            f"{made.vocab_size:,}",
+            f"{made.max_position_embeddings:,}",
+            f"{accounting.count_parameters(made):,}",
+        ]
+
+
+def test_arguments_of_the_page_are_those_that_forward_takes() -> None:
+    named = {name for row in table_of(API, "argument | ") for cell in row for name in re.findall(r"`(\w+)`", cell)}
+    taken = inspect.signature(ThoughtbubblesForCausalLM.forward).parameters
+    assert named - {"StreamCache", "Streams"} == set(taken) - {"self", "kwargs"}
+
+
+def test_accounting_of_the_page_is_what_there_is() -> None:
+    calls: list[Any] = [ast.parse(row[0].strip("`"), mode="eval").body for row in table_of(API, "function | ")]
+    found = {call.func.id: [each.id for each in call.args] for call in calls}
+    public = inspect.getmembers(accounting, inspect.isfunction)
+    there = {name: list(inspect.signature(each).parameters) for name, each in public if not name.startswith("_")}
+    own = {name: each for name, each in there.items() if getattr(accounting, name).__module__ == accounting.__name__}
+    assert found == {name: each for name, each in own.items() if name != "item_bytes"}
+
+
+@pytest.mark.parametrize("page", ["method", "api", "guide"])
+def test_what_the_pages_point_to_is_there(page: str) -> None:
+    text = {"method": METHOD, "api": API, "guide": GUIDE}[page]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        path, _, section = link.partition("#")
+        target = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / f"{page}.md"
+        assert target.is_file(), link
+        if section:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
+
+
+def test_names_that_the_method_points_to_are_there() -> None:
+    sources = re.findall(r"\]\(\.\./(src/[\w/]+\.py)\)((?:[,\s]+(?:class|and)?\s*`\w+`)*)", METHOD)
+    named = [(path, name) for path, names in sources for name in re.findall(r"`(\w+)`", names)]
+    assert ("src/thoughtbubbles/streams.py", "positions") in named
+    for path, name in named:
+        assert re.search(rf"^ *(class|def) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_the_figure_of_the_method_shows_what_a_forward_did() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "method_figure.py"))
+    trace = script["trace"]()
+    drawn = {strand.life.stream: strand for strand in script["strands"](trace)}
+    assert [strand.life.token for strand in drawn.values() if strand.life.is_root] == list(range(len(trace.tokens)))
+    assert any(strand.life.deleted_at is not None for strand in drawn.values())
+    for strand in drawn.values():
+        assert strand.score  # it passed a block at least
+        assert strand.x <= strand.merge_x
+        if strand.life.source is not None:
+            assert strand.x < strand.source_x == drawn[strand.life.source].x
+    figure = script["draw"](trace)
+    counts = {f"{streams} streams" for streams in trace.bubble_sizes().sum(1)}
+    assert counts <= {text.get_text() for text in figure.axes[0].texts}
+    assert script["OUTPUT"] == ROOT / "docs" / "images" / "method.png"
+    assert script["OUTPUT"].is_file()
+
+
 def commands(*pages: str) -> list[list[str]]:
     texts = [block for page in pages for block in blocks("sh", page)]
     lines = [line for block in texts for line in block.splitlines() if line.startswith("thoughtbubbles ")]
@@ -50,7 +174,7 @@ def commands(*pages: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "command", commands(README, TRAINING, COMPARISON, EVALUATION, INSPECTION), ids=lambda command: command[0]
+    "command", commands(README, GUIDE, TRAINING, COMPARISON, EVALUATION, INSPECTION), ids=lambda command: command[0]
 )
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
@@ -67,6 +191,20 @@ def test_training_commands_override_real_keys(page: str) -> None:
     for command in found:
         recipe = load_recipe(ROOT / command[1], [word for word in command[2:] if "=" in word])
         assert recipe.training.steps == 500
+
+
+def test_recipes_of_the_guide_take_its_overrides() -> None:
+    found = {command[0]: command for command in commands(GUIDE) if command[0] in ("train", "compare")}
+    trained, compared = (
+        [word for word in found[verb][2:] if "=" in word and not word.startswith("--")] for verb in ("train", "compare")
+    )
+    recipe = load_recipe(ROOT / found["train"][1], trained)
+    comparison = load_comparison(ROOT / found["compare"][1], compared)
+    prepared = next(command[1] for command in commands(GUIDE) if command[0] == "prepare")
+    assert recipe.data.path == comparison.base["data"]["path"] == prepared
+    assert {command[1] for command in commands(GUIDE) if command[0] in ("generate", "inspect", "perplexity")} == {
+        recipe.training.output
+    }
 
 
 def test_tasks_tiers_and_files_of_the_guide_are_those_that_there_are() -> None:
