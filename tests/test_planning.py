@@ -13,6 +13,7 @@ from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.accounting import cache_bytes, count_parameters, layer_widths, training_flops
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
+from thoughtbubbles.parallel import SHARDINGS
 from thoughtbubbles.plan_table import closing_lines, costs_table, title
 from thoughtbubbles.planning import Plan, make_plan, parse_bytes
 from thoughtbubbles.training.meter import Meter
@@ -46,6 +47,7 @@ def test_the_memory_adds_up() -> None:
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.casts, memory.activations, memory.passing)
     assert memory.total == sum(parts)
     assert min(parts) > 0
+    assert memory.exchange == 0
     assert make_plan("mini", precision="float32").model.memory.casts == 0
 
 
@@ -147,6 +149,108 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     assert f"that fits: {fitting} rows" in text_of(plan)
 
 
+def test_several_gpus_share_the_batch_and_add_their_speed() -> None:
+    one, eight = (make_plan("150m", tokens=1e9, batch_size=64, device_flops=1e15, gpus=gpus) for gpus in (1, 8))
+    assert (one.sharding, eight.sharding) == (None, "ddp")
+    assert (one.micro_batch_size, eight.batch_size, eight.micro_batch_size) == (64, 64, 8)
+    assert one.run is not None
+    assert eight.run is not None
+    assert one.run.seconds is not None
+    assert (eight.run.steps, eight.run.flops) == (one.run.steps, one.run.flops)
+    assert eight.run.seconds == pytest.approx(one.run.seconds / 8)
+    assert eight.model.tokens_per_second == pytest.approx(8 * (one.model.tokens_per_second or 0))
+    assert make_plan("150m", gpus=8).batch_size == 128
+    assert "8 GPUs, DDP" in text_of(eight)
+    assert "on 8 GPUs." in text_of(eight)
+    assert "GPU" not in text_of(one)
+
+
+def test_each_gpu_of_fsdp_holds_its_share() -> None:
+    ddp, fsdp = (make_plan("772m", batch_size=64, gpus=8, sharding=sharding).model.memory for sharding in SHARDINGS)
+    assert fsdp.weights == pytest.approx(ddp.weights / 8, rel=1e-6)
+    assert fsdp.optimizer == pytest.approx(ddp.optimizer / 8, rel=1e-6)
+    assert (fsdp.activations, fsdp.passing) == (ddp.activations, ddp.passing)
+    assert ddp.exchange == ddp.gradients > fsdp.exchange > 0
+    parts = (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.casts, fsdp.exchange, fsdp.activations, fsdp.passing)
+    assert fsdp.total == sum(parts)
+
+
+def test_the_largest_micro_batch_divides_the_share_of_a_gpu() -> None:
+    plans = [make_plan("1.9b", 512, batch_size=480, memory="80GB", gpus=8, sharding=each) for each in SHARDINGS]
+    ddp, fsdp = (plan.fit for plan in plans)
+    assert ddp is not None
+    assert fsdp is not None
+    assert 60 % (ddp.micro_batch_size or 7) == 60 % (fsdp.micro_batch_size or 7) == 0
+    assert (fsdp.micro_batch_size or 0) > (ddp.micro_batch_size or 0)
+    shown = text_of(plans[1])
+    assert "a batch of 480 rows, 60 rows a GPU, that fits" in shown
+    assert "Memory of training on each GPU" in shown
+    assert "buffers of the exchange" in shown
+    assert "`train` has no FSDP yet" in shown
+    assert "`train` has no FSDP yet" not in text_of(plans[0])
+
+
+def test_a_recipe_on_several_gpus(tmp_path: Path, tiny_data: PreparedData) -> None:
+    tiny_recipe(tmp_path, tiny_data.path)
+    plan = make_plan(str(tmp_path / "recipe.yaml"), gpus=2)
+    assert (plan.batch_size, plan.micro_batch_size) == (4, 2)
+    with pytest.raises(InputError, match=r"training\.batch_size=4: expected a multiple of the number of processes, 3"):
+        make_plan(str(tmp_path / "recipe.yaml"), gpus=3)
+
+
+COMPARISON = """
+output: o
+model: {preset: nano, budget: 2}
+data: {path: nowhere}
+training: {steps: 10, batch_size: 4}
+variants:
+  dense:
+  causal-4: {like: causal, model: {budget: 4}}
+  causal-half:
+  causal:
+  causal-elastic:
+  dense-flops:
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> str:
+    (tmp_path / "compare.yaml").write_text(COMPARISON)
+    return str(tmp_path / "compare.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variant", "budget", "steps"), [("causal-4", "4", 10), ("causal-half", "2", 5), ("causal-elastic", "2", 10)]
+)
+def test_a_variant_of_a_comparison(comparison: str, variant: str, budget: str, steps: int) -> None:
+    plan = make_plan(comparison, variant=variant)
+    assert plan.run is not None
+    assert (plan.budget, plan.run.steps, plan.batch_size) == (budget, steps, 4)
+    assert f"compare.yaml, {variant}: 6 layers" in text_of(plan)
+    assert ("Steps draw their budget from 1, 1.5, 2" in text_of(plan)) == (variant == "causal-elastic")
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (None, "variant=None: expected one of those of the comparison"),
+        ("causl", "compare.yaml: dense, causal-4, causal-half"),
+        ("dense-flops", "variant='dense-flops': expected one whose tokens do not follow"),
+    ],
+)
+def test_a_variant_that_cannot_be_planned(comparison: str, variant: str | None, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        make_plan(comparison, variant=variant)
+    assert message in str(error.value)
+
+
+def test_a_run_has_no_variants(tmp_path: Path) -> None:
+    tiny_recipe(tmp_path, tmp_path / "nowhere")
+    for name in ("nano", str(tmp_path / "recipe.yaml")):
+        with pytest.raises(InputError, match="variant='dense': expected the recipe of a comparison with it"):
+            make_plan(name, variant="dense")
+
+
 @pytest.mark.parametrize(("memory", "says"), [("1GB", "not even one row"), ("10TB", "16 rows fits")])
 def test_a_device_too_small_and_one_large_enough(memory: str, says: str) -> None:
     assert says in text_of(make_plan("150m", memory=memory))
@@ -201,6 +305,10 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("nano", {"device_flops": 0.0}, "device_flops=0.0: expected more than 0"),
     ("nano", {"device_flops": 1e12, "mfu": 1.5}, "mfu=1.5: expected a share"),
     ("nano", {"mfu": 0.5}, "expected device_flops with it"),
+    ("nano", {"gpus": 0}, "gpus=0: expected more than 0"),
+    ("nano", {"gpus": 3, "batch_size": 16}, "batch_size=16: expected a multiple of gpus=3"),
+    ("nano", {"gpus": 2, "sharding": "zero"}, "sharding='zero': expected one of ddp, fsdp"),
+    ("nano", {"sharding": "fsdp"}, "sharding='fsdp': expected gpus of at least 2 with it"),
     ("nano", {"memory": "80"}, "memory='80': expected an amount such as 80GB"),
     ("nano", {"memory": "0GB"}, "memory='0GB'"),
     ("nano", {"memory": "3XB"}, "memory='3XB'"),

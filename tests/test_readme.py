@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from tests.run_fixtures import sentences
@@ -18,6 +19,8 @@ from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, acco
 from thoughtbubbles.cli import app
 from thoughtbubbles.comparison.recipe import load_comparison
 from thoughtbubbles.configuration import PRESETS
+from thoughtbubbles.data import load_preparation
+from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import load_recipe
@@ -27,6 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 INSPECTION = (ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -174,7 +178,9 @@ def commands(*pages: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "command", commands(README, GUIDE, TRAINING, COMPARISON, EVALUATION, INSPECTION), ids=lambda command: command[0]
+    "command",
+    commands(README, GUIDE, TRAINING, CLUSTER, COMPARISON, EVALUATION, INSPECTION),
+    ids=lambda command: command[0],
 )
 def test_commands_are_understood(command: list[str]) -> None:
     """Options and commands exist: asking for help with them parses the rest."""
@@ -220,7 +226,26 @@ def test_tasks_tiers_and_files_of_the_guide_are_those_that_there_are() -> None:
             assert f"`{stem}`" in EVALUATION
 
 
-@pytest.mark.parametrize("text", blocks("yaml", TRAINING))
+def torchrun_commands() -> list[list[str]]:
+    lines = "\n".join(blocks("sh", CLUSTER)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line.partition("torchrun ")[2]) for line in lines if "torchrun " in line]
+
+
+@pytest.mark.parametrize("words", torchrun_commands(), ids=lambda words: words[0])
+def test_torchrun_has_the_options_of_the_guide_and_is_given_a_real_recipe(words: list[str]) -> None:
+    parsed = get_args_parser().parse_args(["0" if word.startswith("$") else word for word in words])
+    assert (parsed.module, parsed.training_script, parsed.training_script_args[0]) == (True, "thoughtbubbles", "train")
+    assert load_recipe(ROOT / parsed.training_script_args[1]).training.steps
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("yaml", TRAINING) if text.startswith("sources:")])
+def test_sources_of_the_guide_have_real_keys(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    for source in load_preparation(tmp_path / "recipe.yaml")["sources"]:
+        assert resolve_source(source).template == source["template"]
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("yaml", TRAINING) if not text.startswith("sources:")])
 def test_recipes_of_the_guide_have_real_keys(tmp_path: Path, text: str) -> None:
     needed = "" if "training:" in text else "training: {output: o, steps: 1}\n"
     (tmp_path / "recipe.yaml").write_text(text + needed)

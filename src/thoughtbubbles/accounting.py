@@ -61,12 +61,14 @@ class StateBytes(_Amounts):
         gradients: float32.
         optimizer: the two moments of AdamW, float32.
         casts: the bfloat16 copies of the matrices that autocast keeps until the backward pass; 0 in float32.
+        exchange: what the exchange with other processes takes; 0 on one.
     """
 
     weights: int
     gradients: int
     optimizer: int
     casts: int
+    exchange: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def cache_bytes(
 def state_bytes(
     config: ThoughtbubblesConfig, precision: str = "float32", gradient_checkpointing: bool = False
 ) -> StateBytes:
-    """Bytes of weights, gradients and AdamW's moments in training.
+    """Bytes of weights, gradients and AdamW's moments in training by one process.
 
     Args:
         precision: float32, or bfloat16 for float32 weights under autocast.

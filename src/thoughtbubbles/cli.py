@@ -553,7 +553,7 @@ def plan(
     budget: Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Rows of a training step; if not given, the recipe's, or 16.", show_default=False),
+        typer.Option(help="Rows of a training step; if not given, the recipe's, or 16 a GPU.", show_default=False),
     ] = None,
     tokens: Annotated[
         float | None,
@@ -566,7 +566,7 @@ def plan(
     device_flops: Annotated[
         float | None,
         typer.Option(
-            help="The device's peak in operations per second, such as 989e12 for an H100 in bfloat16: gives times.",
+            help="A device's peak in operations per second, such as 989e12 for an H100 in bfloat16: gives times.",
             show_default=False,
         ),
     ] = None,
@@ -576,7 +576,19 @@ def plan(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="The device's memory, such as 80GB or 24GiB: says what fits.", show_default=False),
+        typer.Option(help="A device's memory, such as 80GB or 24GiB: says what fits.", show_default=False),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Devices that train together.")] = 1,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            help="How they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; ddp if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Which variant, where the recipe is that of a comparison.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -584,7 +596,20 @@ def plan(
     from thoughtbubbles.plan_table import show_plan
     from thoughtbubbles.planning import make_plan
 
-    made = make_plan(config, length, budget, batch_size, tokens, precision, device_flops, mfu, memory)
+    made = make_plan(
+        config,
+        length,
+        budget,
+        batch_size,
+        tokens,
+        precision,
+        device_flops,
+        mfu,
+        memory,
+        gpus,
+        sharding,
+        variant,
+    )
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=2))
     else:

@@ -27,8 +27,13 @@ def title(plan: Plan) -> str:
     return (
         f"{plan.name}: {config['num_hidden_layers']} layers x {config['hidden_size']}, "
         f"{config['num_attention_heads']} heads, vocabulary {config['vocab_size']:,}; {rules}; "
-        f"rows of {plan.length:,} tokens"
+        f"rows of {plan.length:,} tokens{_devices(plan)}"
     )
+
+
+def _devices(plan: Plan) -> str:
+    """How many GPUs there are and how they share, where they are several."""
+    return "" if plan.sharding is None else f"; {plan.gpus:,} GPUs, {plan.sharding.upper()}"
 
 
 def costs_table(plan: Plan) -> Table:
@@ -77,15 +82,17 @@ def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[Ro
             (f"a row of {plan.length:,} tokens", lambda costs: costs.cache_bytes * plan.length),
         ],
     )
+    each = "" if plan.sharding is None else " on each GPU"
     checkpointing = ", gradient checkpointing" if plan.gradient_checkpointing else ""
     yield (
-        f"Memory of training, {plan.precision}, {_rows(plan.micro_batch_size)} at a time{checkpointing}",
+        f"Memory of training{each}, {plan.precision}, {_rows(plan.micro_batch_size)} at a time{checkpointing}",
         _bytes,
         [
             ("weights (float32)", lambda costs: costs.memory.weights),
             ("gradients", lambda costs: costs.memory.gradients),
             ("AdamW's moments", lambda costs: costs.memory.optimizer),
             ("bfloat16 copies of the matrices", lambda costs: costs.memory.casts),
+            ("buffers of the exchange", lambda costs: costs.memory.exchange),
             ("activations kept for the backward pass", lambda costs: costs.memory.activations),
             ("more at the peak", lambda costs: costs.memory.passing),
             ("all", lambda costs: costs.memory.total),
@@ -121,7 +128,8 @@ def closing_lines(plan: Plan) -> Iterator[str]:
 
 
 def _run_lines(plan: Plan, run: Run) -> Iterator[str]:
-    time = "" if run.seconds is None else f", {_duration(run.seconds)}"
+    several = "" if plan.sharding is None else f" on {plan.gpus:,} GPUs"
+    time = "" if run.seconds is None else f", {_duration(run.seconds)}{several}"
     yield (
         f"Run: {run.steps:,} steps of {_rows(plan.batch_size)}, {run.tokens:,} tokens, "
         f"{run.flops:.3g} FLOPs of training{time}."
@@ -140,8 +148,9 @@ def _fit_lines(plan: Plan, fit: Fit) -> Iterator[str]:
         "not even one row" if rows is None else _rows(rows)
         for rows in (fit.micro_batch_size, fit.checkpointed_micro_batch_size)
     )
+    share = "" if plan.sharding is None else f", {_rows(plan.batch_size // plan.gpus)} a GPU,"
     yield (
-        f"The largest micro-batch of a batch of {_rows(plan.batch_size)} that fits: {plain}; "
+        f"The largest micro-batch of a batch of {_rows(plan.batch_size)}{share} that fits: {plain}; "
         f"with gradient checkpointing: {checkpointed}."
     )
 

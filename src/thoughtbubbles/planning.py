@@ -3,14 +3,12 @@
 The numbers of one row or token come from `accounting`; here they become those of a run on a device.
 """
 
-import copy
 import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thoughtbubbles.accounting import (
     ParameterCounts,
@@ -22,19 +20,15 @@ from thoughtbubbles.accounting import (
     item_bytes,
     layer_widths,
     parameter_counts,
-    state_bytes,
     tokens_at_equal_flops,
     training_flops,
 )
 from thoughtbubbles.budget import Budget, parse_budget
-from thoughtbubbles.configuration import PRESETS, ThoughtbubblesConfig
+from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.loading import load_config
+from thoughtbubbles.parallel import SHARDINGS, process_bytes
+from thoughtbubbles.plan_job import Job, at_budget, read_job
 
-if TYPE_CHECKING:
-    from thoughtbubbles.training.recipe import Recipe
-
-DEFAULT_BATCH_SIZE = 16
 DEFAULT_MFU = 0.4
 USABLE_MEMORY = 0.9
 """Share of a device's memory that a plan fills: libraries and fragmentation take the rest."""
@@ -43,13 +37,14 @@ UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device at the peak of a training step.
+    """Bytes on each device at the peak of a training step.
 
     Attributes:
         weights: float32 masters.
         gradients: float32.
         optimizer: AdamW's two moments, float32.
         casts: bfloat16 copies of the matrices that autocast keeps.
+        exchange: buffers of the exchange with other devices.
         activations: what autograd saves of a micro-batch, the loss included.
         passing: held beside them for a while: the gradients of the logits, or a block that is computed again.
         total: the sum.
@@ -59,6 +54,7 @@ class Memory:
     gradients: int
     optimizer: int
     casts: int
+    exchange: int
     activations: int
     passing: int
     total: int
@@ -76,7 +72,7 @@ class Costs:
         decoding_flops: of a token generated with a cache that makes the context a whole row.
         cache_bytes: of a token in that cache.
         memory: of training.
-        tokens_per_second: in training; None without a device.
+        tokens_per_second: in training, all devices together; None without a device.
     """
 
     parameters: ParameterCounts
@@ -116,7 +112,8 @@ class Fit:
         memory: bytes of the device.
         usable: bytes of them that are counted on.
         fits: whether the plan's own micro-batch does.
-        micro_batch_size: rows of the largest that does and divides the batch; None if not even one row does.
+        micro_batch_size: rows of the largest that does and divides the device's share of the batch; None if not even
+            one row does.
         checkpointed_micro_batch_size: the same with gradient checkpointing.
     """
 
@@ -138,8 +135,10 @@ class Plan:
         budget: streams per token.
         precision: of training and of the cache, float32 or bfloat16.
         gradient_checkpointing: whether activations are computed again in the backward pass.
-        batch_size: rows of an optimizer step.
-        micro_batch_size: rows of one forward pass.
+        gpus: devices that train it.
+        sharding: how they share its memory, ddp or fsdp; None on one.
+        batch_size: rows of an optimizer step, all devices together.
+        micro_batch_size: rows of one forward pass on one device.
         model: its costs.
         dense: those of the same shape without forks.
         run: None where nothing says how long to train.
@@ -153,6 +152,8 @@ class Plan:
     budget: str
     precision: str
     gradient_checkpointing: bool
+    gpus: int
+    sharding: str | None
     batch_size: int
     micro_batch_size: int
     model: Costs
@@ -163,22 +164,20 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A model and how it is to be trained.
+class _Devices:
+    """The GPUs that train together, and how they share memory."""
 
-    `budgets` are those that steps draw from by `seed`, empty for the model's own.
-    """
+    gpus: int
+    sharding: str
 
-    config: ThoughtbubblesConfig
-    length: int
-    batch_size: int
-    micro_batch_size: int
-    precision: str
-    checkpointing: bool
-    steps: int | None
-    budgets: tuple[Budget, ...] = ()
-    seed: int = 0
-    notes: tuple[str, ...] = ()
+    def notes(self) -> list[str]:
+        """What a reader has to know of them."""
+        if self.gpus == 1:
+            return []
+        found = ["Times leave out what GPUs wait for each other."]
+        if self.sharding == "fsdp":
+            found.append("`train` has no FSDP yet: on several processes it runs DDP (docs/cluster.md).")
+        return found
 
 
 def make_plan(
@@ -191,6 +190,9 @@ def make_plan(
     device_flops: float | None = None,
     mfu: float | None = None,
     memory: str | None = None,
+    gpus: int = 1,
+    sharding: str | None = None,
+    variant: str | None = None,
 ) -> Plan:
     """Work out what a model costs.
 
@@ -198,39 +200,46 @@ def make_plan(
         name: a preset, a recipe's YAML file or the folder of a model.
         length: tokens a row; None is that of the recipe's data, or else the longest of the model.
         budget: None is the model's own, or those of the recipe.
-        batch_size: rows a step; None is the recipe's, or 16.
+        batch_size: rows a step; None is the recipe's, or 16 for each GPU.
         tokens: to train on, rounded up to whole steps; None is what the recipe's steps come to.
         precision: of training, float32 or bfloat16; None is the recipe's, or bfloat16.
-        device_flops: floating-point operations per second of the device at its best.
+        device_flops: floating-point operations per second of a device at its best.
         mfu: share of them that training reaches; None is 0.4.
-        memory: of the device, such as 80GB or 24GiB.
+        memory: of a device, such as 80GB or 24GiB.
+        gpus: devices that train together.
+        sharding: how they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; None is ddp.
+        variant: of a comparison, where `name` is the recipe of one.
 
     Raises:
         InputError: naming the value and what was expected.
     """
-    _check_above_zero(length=length, batch_size=batch_size, tokens=tokens, device_flops=device_flops)
+    _check_above_zero(length=length, batch_size=batch_size, tokens=tokens, device_flops=device_flops, gpus=gpus)
     _check_mfu(mfu, device_flops)
+    _check_sharding(sharding, gpus)
     _check_precision(precision)
     available = None if memory is None else parse_bytes(memory)
-    job = _read_job(name, length, budget, batch_size, precision)
+    job = read_job(name, length, budget, batch_size, precision, gpus, variant)
+    devices = _Devices(gpus, sharding or SHARDINGS[0])
     if tokens is not None:
         job = replace(job, steps=math.ceil(tokens / (job.batch_size * job.length)))
-    rate = None if device_flops is None else device_flops * (mfu or DEFAULT_MFU)
+    rate = None if device_flops is None else gpus * device_flops * (mfu or DEFAULT_MFU)
     config = job.config
     return Plan(
-        name=name,
+        name=name if variant is None else f"{name}, {variant}",
         config=_describe_config(config),
         length=job.length,
         budget=str(config.exact_budget()),
         precision=job.precision,
         gradient_checkpointing=job.checkpointing,
+        gpus=gpus,
+        sharding=None if gpus == 1 else devices.sharding,
         batch_size=job.batch_size,
         micro_batch_size=job.micro_batch_size,
-        model=_costs(job, rate),
-        dense=_costs(replace(job, config=dense_twin(config), budgets=()), rate),
+        model=_costs(job, devices, rate),
+        dense=_costs(replace(job, config=dense_twin(config), budgets=()), devices, rate),
         run=None if job.steps is None else _run(job, job.steps, rate),
-        fit=None if available is None else _fit(job, available),
-        notes=list(job.notes),
+        fit=None if available is None else _fit(job, devices, available),
+        notes=[*job.notes, *devices.notes()],
     )
 
 
@@ -259,99 +268,18 @@ def _check_mfu(mfu: float | None, device_flops: float | None) -> None:
         raise InputError(f"mfu={mfu}: expected device_flops with it")
 
 
+def _check_sharding(sharding: str | None, gpus: int) -> None:
+    if sharding is not None and sharding not in SHARDINGS:
+        raise InputError(f"sharding={sharding!r}: expected one of {', '.join(SHARDINGS)}")
+    if sharding is not None and gpus == 1:
+        raise InputError(f"sharding={sharding!r}: expected gpus of at least 2 with it")
+
+
 def _check_precision(precision: str | None) -> None:
     try:
         item_bytes("float32" if precision is None else precision)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _read_job(
-    name: str, length: int | None, budget: Budget | None, batch_size: int | None, precision: str | None
-) -> _Job:
-    """What a name stands for, changed as the options say."""
-    if name in PRESETS:
-        # A preset is no trained model: its longest row is no limit.
-        longest = {} if length is None else {"max_position_embeddings": length}
-        job = _job_of_model(ThoughtbubblesConfig.preset(name, **longest), batch_size)
-    elif Path(name).suffix in (".yaml", ".yml"):
-        job = _job_of_recipe(name, batch_size)
-    elif Path(name).is_dir():
-        job = _job_of_model(load_config(name), batch_size)
-    else:
-        raise InputError(
-            f"config {name!r}: expected a preset ({', '.join(PRESETS)}), a recipe (.yaml) or the folder of a model"
-        )
-    if length is not None:
-        job = replace(job, length=length)
-    if job.length > job.config.max_position_embeddings:
-        most = job.config.max_position_embeddings
-        raise InputError(f"length={job.length}: expected at most {most}, the model's max_position_embeddings")
-    if budget is not None:
-        job = replace(job, config=_at_budget(job.config, budget), budgets=())
-    return job if precision is None else replace(job, precision=precision)
-
-
-def _job_of_model(config: ThoughtbubblesConfig, batch_size: int | None) -> _Job:
-    rows = batch_size or DEFAULT_BATCH_SIZE
-    return _Job(config, config.max_position_embeddings, rows, rows, "bfloat16", checkpointing=False, steps=None)
-
-
-def _job_of_recipe(name: str, batch_size: int | None) -> _Job:
-    from thoughtbubbles.training.recipe import load_recipe, model_config
-    from thoughtbubbles.training.rundata import check_batch
-
-    recipe = load_recipe(name, () if batch_size is None else [f"training.batch_size={batch_size}"])
-    settings = recipe.training
-    micro_batch_size, _ = check_batch(recipe, processes=1)
-    found, longest, notes = _read_data(recipe)
-    config = model_config(recipe, found, longest)
-    if settings.precision == "auto":
-        notes = (*notes, "Precision auto is taken for bfloat16, as on GPUs that have it.")
-    if settings.training_budgets is not None:
-        budgets = ", ".join(map(str, settings.training_budgets))
-        notes = (*notes, f"Steps draw their budget from {budgets}: the run is theirs, memory that of the largest.")
-    return _Job(
-        config=config,
-        length=min(longest or config.max_position_embeddings, config.max_position_embeddings),
-        batch_size=settings.batch_size,
-        micro_batch_size=micro_batch_size,
-        precision="bfloat16" if settings.precision == "auto" else settings.precision,
-        checkpointing=settings.gradient_checkpointing,
-        steps=settings.steps,
-        budgets=tuple(settings.training_budgets or ()),
-        seed=settings.seed,
-        notes=notes,
-    )
-
-
-def _read_data(recipe: "Recipe") -> tuple[dict[str, Any], int | None, tuple[str, ...]]:
-    """Fields of the model that a recipe's data gives, its longest row in tokens, and what had to be assumed."""
-    from thoughtbubbles.data.manifest import Manifest
-    from thoughtbubbles.training.recipe import FineTuningSection
-
-    data = recipe.data
-    if isinstance(data, FineTuningSection):
-        return {}, data.max_length, ("Every row is taken for as long as the longest: shorter ones cost less.",)
-    folder = Path(data.path or next(iter(data.mixture or {}))).expanduser()
-    if folder.is_dir():
-        manifest = Manifest.read(folder)
-        return {"vocab_size": manifest.vocab_size}, manifest.block_size, ()
-    vocabulary = (
-        "" if {"vocab_size", "pretrained"} & set(recipe.model) else " and its vocabulary, which data may change"
-    )
-    return {}, None, (f"{folder} is not prepared yet: rows are the model's longest{vocabulary}.",)
-
-
-def _at_budget(config: ThoughtbubblesConfig, budget: Budget) -> ThoughtbubblesConfig:
-    """The same model at another budget."""
-    try:
-        exact = parse_budget(budget)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    changed = copy.deepcopy(config)
-    changed.budget = str(exact)
-    return changed
 
 
 def _describe_config(config: ThoughtbubblesConfig) -> dict[str, Any]:
@@ -360,8 +288,8 @@ def _describe_config(config: ThoughtbubblesConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*names, *rules)} | {"fork_layers": list(config.gated_layers)}
 
 
-def _costs(job: _Job, rate: float | None) -> Costs:
-    """Of one model; `rate` is what the device does, in floating-point operations per second."""
+def _costs(job: Job, devices: _Devices, rate: float | None) -> Costs:
+    """Of one model; `rate` is what the devices do together, in floating-point operations per second."""
     config, length = job.config, job.length
     training = training_flops(config, length) / length
     return Costs(
@@ -371,26 +299,26 @@ def _costs(job: _Job, rate: float | None) -> Costs:
         training_flops=training,
         decoding_flops=decoding_flops(config, length),
         cache_bytes=cache_bytes(config, length, precision=job.precision) / length,
-        memory=_memory(job, job.micro_batch_size),
+        memory=_memory(job, devices, job.micro_batch_size),
         tokens_per_second=None if rate is None else rate / training,
     )
 
 
-def _memory(job: _Job, rows: int) -> Memory:
+def _memory(job: Job, devices: _Devices, rows: int) -> Memory:
     """Of training with so many rows in a micro-batch."""
-    state = state_bytes(job.config, job.precision, job.checkpointing)
+    state = process_bytes(job.config, job.precision, job.checkpointing, devices.gpus, devices.sharding)
     budget = max(map(parse_budget, job.budgets), default=None)
     each = activation_bytes(job.config, job.length, budget, job.precision, job.checkpointing)
     total = state.total + rows * each.total
     return Memory(**asdict(state), activations=rows * each.saved, passing=rows * each.passing, total=total)
 
 
-def _run(job: _Job, steps: int, rate: float | None) -> Run:
+def _run(job: Job, steps: int, rate: float | None) -> Run:
     """Of so many steps."""
     dense = dense_twin(job.config)
     flops = dense_tokens = 0
     for budget, count in _steps_by_budget(job, steps).items():
-        config, rows = _at_budget(job.config, budget), count * job.batch_size
+        config, rows = at_budget(job.config, budget), count * job.batch_size
         flops += rows * training_flops(config, job.length)
         dense_tokens += tokens_at_equal_flops(config, dense, job.length, rows * job.length)
     return Run(
@@ -402,7 +330,7 @@ def _run(job: _Job, steps: int, rate: float | None) -> Run:
     )
 
 
-def _steps_by_budget(job: _Job, steps: int) -> dict[Fraction, int]:
+def _steps_by_budget(job: Job, steps: int) -> dict[Fraction, int]:
     """How many of the steps train at each budget."""
     if not job.budgets:
         return {job.config.exact_budget(): steps}
@@ -412,18 +340,19 @@ def _steps_by_budget(job: _Job, steps: int) -> dict[Fraction, int]:
     return Counter(drawn)
 
 
-def _fit(job: _Job, memory: float) -> Fit:
+def _fit(job: Job, devices: _Devices, memory: float) -> Fit:
     usable = USABLE_MEMORY * memory
     return Fit(
         memory=memory,
         usable=usable,
-        fits=_memory(job, job.micro_batch_size).total <= usable,
-        micro_batch_size=_largest_micro_batch(replace(job, checkpointing=False), usable),
-        checkpointed_micro_batch_size=_largest_micro_batch(replace(job, checkpointing=True), usable),
+        fits=_memory(job, devices, job.micro_batch_size).total <= usable,
+        micro_batch_size=_largest_micro_batch(replace(job, checkpointing=False), devices, usable),
+        checkpointed_micro_batch_size=_largest_micro_batch(replace(job, checkpointing=True), devices, usable),
     )
 
 
-def _largest_micro_batch(job: _Job, usable: float) -> int | None:
-    """Rows of the largest micro-batch that divides the batch and fits."""
-    divisors = (rows for rows in range(job.batch_size, 0, -1) if job.batch_size % rows == 0)
-    return next((rows for rows in divisors if _memory(job, rows).total <= usable), None)
+def _largest_micro_batch(job: Job, devices: _Devices, usable: float) -> int | None:
+    """Rows of the largest micro-batch that divides a device's share of the batch and fits."""
+    share = job.batch_size // devices.gpus
+    divisors = (rows for rows in range(share, 0, -1) if share % rows == 0)
+    return next((rows for rows in divisors if _memory(job, devices, rows).total <= usable), None)

@@ -119,16 +119,7 @@ class RunPlanner:
     def _recipe(
         self, variant: Variant, seed: int, folder: Path, sections: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Recipe:
-        content = lay_over(self.comparison.base, variant.sections)
-        content = lay_over(content, {"training": {"output": str(folder), "seed": seed}})
-        if variant.elastic:
-            content = lay_over(content, {"training": {"training_budgets": self._elastic_budgets(content["model"])}})
-        return parse_recipe(lay_over(content, sections or {}))
-
-    def _elastic_budgets(self, model: Mapping[str, Any]) -> list[Any]:
-        own = model.get("budget", ThoughtbubblesConfig.budget)
-        lower = [each for each in self.comparison.evaluation.budgets if parse_budget(each) < parse_budget(own)]
-        return [*lower, own]
+        return parse_recipe(lay_over(variant_sections(self.comparison, variant, seed, folder), sections or {}))
 
     def _load_tuning_data(self, path: str) -> RunData:
         first = Variant("base", {})
@@ -138,3 +129,23 @@ class RunPlanner:
         if data.longest != self.data.longest or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
             raise RecipeError(f"tuning.data={path}: expected the tokenizer and block size of {self.data.source}")
         return data
+
+
+def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
+    """The sections of a variant's training recipe, with the steps of the comparison.
+
+    Args:
+        seed: of the run.
+        folder: of the run.
+    """
+    content = lay_over(comparison.base, variant.sections)
+    content = lay_over(content, {"training": {"output": str(folder), "seed": seed}})
+    if variant.elastic:
+        content = lay_over(content, {"training": {"training_budgets": _elastic_budgets(comparison, content["model"])}})
+    return content
+
+
+def _elastic_budgets(comparison: Comparison, model: Mapping[str, Any]) -> list[Any]:
+    own = model.get("budget", ThoughtbubblesConfig.budget)
+    lower = [each for each in comparison.evaluation.budgets if parse_budget(each) < parse_budget(own)]
+    return [*lower, own]

@@ -10,6 +10,7 @@ from typing import Any
 
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.hub import PREFIX, HubSource, make_source, parse_name
+from thoughtbubbles.data.rowtext import check_template
 from thoughtbubbles.options import convert
 
 PYTHON_STDLIB = "python-stdlib"
@@ -27,11 +28,13 @@ class FileSource:
         name: the source as the user wrote it.
         files: the files, sorted by path.
         field: the field of parquet and jsonl rows that holds the text; None is the one of the whole preparation.
+        template: of Jinja over the fields of such a row, in place of `field`.
     """
 
     name: str
     files: tuple[Path, ...]
     field: str | None = None
+    template: str | None = None
 
     @property
     def kind(self) -> str:
@@ -55,13 +58,29 @@ def resolve_source(source: str | Mapping[str, Any]) -> Source:
     Args:
         source: `python-stdlib`, a file, a folder (every file of a known suffix below it, hidden ones apart), a glob,
             a dataset of the hub as `hf:NAME?config=C&split=S&field=F`, with any fields of `HubSource`; or a mapping
-            with `path` and perhaps `field`, or with `hub` and perhaps the other fields of `HubSource`.
+            with `path` and perhaps `field`, or with `hub` and perhaps the other fields of `HubSource`, and in either
+            perhaps `template` in place of `field`.
 
     Raises:
-        DataError: nothing there, no file of a known suffix, a file of an unknown one, or an unknown key.
+        DataError: nothing there, no file of a known suffix, a file of an unknown one, an unknown key, or a template
+            that is none or has no rows to fill it.
     """
     if isinstance(source, str):
         return parse_name(source) if source.startswith(PREFIX) else _resolve_path(source, None)
+    if "template" not in source:
+        return _resolve_mapping(source)
+    values = dict(source)
+    template = convert(f"source {values!r}: template", values.pop("template"), str, DataError)
+    found = _resolve_mapping(values)
+    if found.field is not None:
+        raise DataError(f"source {found.name!r}: expected either the key field or the key template")
+    if isinstance(found, FileSource) and not set(found.kind.split("+")) <= {"parquet", "jsonl"}:
+        raise DataError(f"source {found.name!r}: expected .parquet or .jsonl with a template, whose fields rows have")
+    check_template(f"source {found.name!r}", template)
+    return replace(found, template=template)
+
+
+def _resolve_mapping(source: Mapping[str, Any]) -> Source:
     values = dict(source)
     kinds = [key for key in ("hub", "path") if key in values]
     if len(kinds) != 1:
@@ -71,7 +90,7 @@ def resolve_source(source: str | Mapping[str, Any]) -> Source:
     if kind == "hub":
         return make_source(name, values, PREFIX + name)
     if unknown := [key for key in values if key != "field"]:
-        raise DataError(f"source {name!r}: unknown key {unknown[0]!r}, expected beside path only field")
+        raise DataError(f"source {name!r}: unknown key {unknown[0]!r}, expected beside path only field or template")
     return _resolve_path(name, convert(f"source {name!r}: field", values.get("field"), str | None, DataError))
 
 

@@ -37,6 +37,7 @@ class HubSource:
         revision: the branch, tag or commit; None is the newest.
         data_files: the files to read, a path or glob within the dataset; None is all. With a format such as `json` as
             the dataset, any path or address, as in hf://datasets/NAME/FOLDER/*.json.gz.
+        template: of Jinja over the fields of a row, in place of `field`. Names leave it out: only a mapping has one.
     """
 
     dataset: str
@@ -46,10 +47,11 @@ class HubSource:
     streaming: bool = True
     revision: str | None = None
     data_files: str | None = None
+    template: str | None = None
 
     @property
     def name(self) -> str:
-        """The source in one string, as `parse` reads it; what has its default value is left out."""
+        """The source in one string, as `parse_name` reads it; what has its default value is left out."""
         given = {key: value for key in KEYS if (value := getattr(self, key)) != DEFAULTS[key]}
         words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
         return PREFIX + self.dataset + ("?" + urlencode(words, safe="/*:") if words else "")
@@ -74,7 +76,7 @@ class HubSource:
 
 
 DEFAULTS = {spec.name: spec.default for spec in fields(HubSource)}
-KEYS = tuple(DEFAULTS)[1:]
+KEYS = tuple(key for key in DEFAULTS if key not in ("dataset", "template"))
 
 
 def parse_name(name: str) -> HubSource:

@@ -136,9 +136,12 @@ def _resolve(names: Iterable[SourceName]) -> tuple[Source, ...]:
 
 
 def _facts(source: Source) -> Any:
+    # Left out where there is none, so that what was prepared before there were templates counts as the same.
+    template = {} if source.template is None else {"template": source.template}
     if isinstance(source, FileSource):
-        return {"files": _files(source.files), "field": source.field}
+        return {"files": _files(source.files), "field": source.field, **template}
     return {
+        **template,
         "hub": str(source.folder or source.dataset),
         "config": source.config,
         "split": source.split,

@@ -24,7 +24,7 @@ class SourceRecord:
         name: as the user wrote it.
         kind: `python-stdlib`, `text`, `parquet`, `jsonl` or several joined by `+`, or `hub`.
         files: files read; None for a dataset of the hub.
-        field: of its rows that holds the text; None where there are only text files.
+        field: of its rows that holds the text; None where there are only text files, or a template.
         config: of a dataset of the hub, None if none was named; so are the four that follow.
         split: of it.
         revision: of it.
@@ -36,6 +36,7 @@ class SourceRecord:
         skipped: documents left out because they are empty or not UTF-8.
         limit_tokens: the reading stopped with the document that reached so many tokens; None is no limit.
         reached_limit: whether it came to that.
+        template: that made the texts of its rows; None where a field held them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SourceRecord:
     skipped: int
     limit_tokens: int | None
     reached_limit: bool
+    template: str | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def prepare(
             document), a folder (every text, parquet and jsonl file below it), a parquet or jsonl file (a row a
             document), a glob, or a dataset of the Hugging Face hub (a row a document) as
             `hf:NAME?config=C&split=S&field=F&streaming=true&revision=R&data_files=G`, of which all but NAME can be
-            left out and NAME can be a folder; or a mapping with `hub` or `path` and those keys.
+            left out and NAME can be a folder; or a mapping with `hub` or `path` and those keys, or with `template`, of
+            Jinja over the fields of a row, in place of `field`.
         text_field: the field of rows that holds the text, where a source names none.
         tokenizer: a folder or a name on the hub that AutoTokenizer loads, with an eos token; None trains a
             byte-level BPE on the training documents, or on a sample of them of `TOKENIZER_TRAINING_BYTES`.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from thoughtbubbles.data.corpora import FileSource, Source, file_kind
 from thoughtbubbles.data.errors import DataError, UnfinishedError
 from thoughtbubbles.data.hub import HubReader, HubSource, missing_field
+from thoughtbubbles.data.rowtext import render
 
 # Rows decoded at a time from a parquet file: few, because a row can be a whole book.
 PARQUET_ROWS = 32
@@ -46,14 +47,14 @@ def open_documents(source: Source, text_field: str, progress: bool = False) -> R
 
     Args:
         source: the source.
-        text_field: the field of its rows that holds the text, if the source names none.
+        text_field: the field of its rows that holds the text, if the source names none and has no template.
         progress: show the bars of a hub dataset's download.
 
     Raises:
         DataError: a hub dataset that is not there, or has no such field of text. Other errors come with the reading:
-            a file that cannot be read, or has no field `text_field` of text.
+            a file that cannot be read, or has no field `text_field` of text, or a row that does not fit the template.
     """
-    field = source.field or text_field
+    field = None if source.template is not None else source.field or text_field
     if isinstance(source, HubSource):
         return _HubDocuments(source, field, progress)
     return _FileDocuments(source, field)
@@ -89,24 +90,25 @@ def read_rows(source: Source) -> Iterator[Row]:
 
 
 class _HubDocuments:
-    def __init__(self, source: HubSource, field: str, progress: bool) -> None:
+    def __init__(self, source: HubSource, field: str | None, progress: bool) -> None:
         self._place = f"source {source.name!r}"
-        self._field = field
+        self._field, self._template = field, source.template
         self._reader = HubReader(source, progress)
-        self._reader.keep_only(field)
+        if field is not None:
+            self._reader.keep_only(field)
 
     def documents(self, start: Position | None = None) -> Documents:
         for row in self._reader.rows(start):
-            yield _usable(_text(row, self._place, self._field))
+            yield _usable(_text(row, self._place, self._field, self._template))
 
     def position(self) -> Position:
         return self._reader.position()
 
 
 class _FileDocuments:
-    def __init__(self, source: FileSource, field: str) -> None:
+    def __init__(self, source: FileSource, field: str | None) -> None:
         self._files = source.files
-        self._field = field
+        self._field, self._template = field, source.template
         self._file, self._row = 0, 0
 
     def documents(self, start: Position | None = None) -> Documents:
@@ -125,7 +127,7 @@ class _FileDocuments:
             yield from islice(_text_file(file), start, None)
         else:
             for place, row in _file_rows(file, start, self._field):
-                yield _text(row, place, self._field)
+                yield _text(row, place, self._field, self._template)
 
 
 def _text_file(path: Path) -> Iterator[str | None]:
@@ -211,7 +213,10 @@ def _json_object(line: bytes, place: str, field: str | None) -> Row:
     return row
 
 
-def _text(row: Row, place: str, field: str) -> str | None:
+def _text(row: Row, place: str, field: str | None, template: str | None) -> str | None:
+    if template is not None:
+        return render(template, row, place)
+    assert field is not None
     if field not in row:
         raise missing_field(place, field, list(row))
     text = row[field]

@@ -203,7 +203,7 @@ def _source_record(
         name=source.name,
         kind=source.kind,
         files=len(source.files) if isinstance(source, FileSource) else None,
-        field=(source.field or text_field) if has_rows else None,
+        field=(source.field or text_field) if has_rows and source.template is None else None,
         config=hub.config if hub else None,
         split=hub.split if hub else None,
         revision=hub.revision if hub else None,
@@ -215,6 +215,7 @@ def _source_record(
         skipped=reading.skipped,
         limit_tokens=limit,
         reached_limit=reading.limited,
+        template=source.template,
     )
 
 

@@ -1,0 +1,58 @@
+"""Memory of one process among several that train a model together."""
+
+from dataclasses import replace
+
+from thoughtbubbles.accounting import WIDE, StateBytes, item_bytes, parameter_counts, state_bytes
+from thoughtbubbles.configuration import ThoughtbubblesConfig
+
+SHARDINGS = ("ddp", "fsdp")
+
+
+def process_bytes(
+    config: ThoughtbubblesConfig,
+    precision: str = "float32",
+    gradient_checkpointing: bool = False,
+    processes: int = 1,
+    sharding: str = "ddp",
+) -> StateBytes:
+    """Bytes that one of several processes needs in a training step whatever its rows are.
+
+    With `ddp` every process holds everything, and buckets as large as the gradients, in which they are averaged. With
+    `fsdp` (FSDP2, a group for each block and one for the rest) it holds its share of weights, gradients and moments,
+    and gathers in the precision of training: the rest for the whole step, a block while it is at work and the next one
+    while it arrives; beside them the gradients of both groups before they are shared out, a block's in float32 too.
+    The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps no copies.
+
+    Args:
+        precision: float32 or bfloat16.
+        gradient_checkpointing: as in `state_bytes`.
+        processes: how many there are; one alone shares nothing, whatever `sharding` is.
+        sharding: `ddp` or `fsdp`.
+
+    Raises:
+        ValueError: for another precision or sharding.
+    """
+    if sharding not in SHARDINGS:
+        raise ValueError(f"sharding={sharding!r}: expected one of {', '.join(SHARDINGS)}")
+    whole = state_bytes(config, precision, gradient_checkpointing)
+    if processes == 1:
+        return whole
+    if sharding == "ddp":
+        return replace(whole, exchange=whole.gradients)
+    block, rest = _groups(config)
+    item = item_bytes(precision)
+    return StateBytes(
+        weights=-(-whole.weights // processes),
+        gradients=-(-whole.gradients // processes),
+        optimizer=-(-whole.optimizer // processes),
+        casts=0,
+        exchange=item * (rest + 2 * block) + item * (rest + block) + WIDE * block,
+    )
+
+
+def _groups(config: ThoughtbubblesConfig) -> tuple[int, int]:
+    """Parameters of a block, and of all that is in no block."""
+    parts, layers = parameter_counts(config), config.num_hidden_layers
+    final_norm = config.hidden_size * (1 + config.use_bias)
+    block = (parts.blocks - final_norm) // layers
+    return block, parts.total - layers * block

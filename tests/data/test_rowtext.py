@@ -1,0 +1,128 @@
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from thoughtbubbles.data import DataError, Manifest, prepare
+from thoughtbubbles.data.corpora import resolve_source
+from thoughtbubbles.data.reading import open_documents, read_documents
+from thoughtbubbles.data.recipe import load_preparation
+from thoughtbubbles.data.rowtext import render
+
+ROWS: list[dict[str, Any]] = [
+    {"question": f"{n} + {n}?", "steps": [f"{n}+{n}={2 * n}", "done"], "answer": n % 4} for n in range(9)
+]
+TEMPLATE = "{{ question }}\n{% for step in steps %}\n- {{ step }}\n{% endfor %}\n#### {{ answer }}\n"
+RECIPES = Path(__file__).parents[2] / "recipes" / "data"
+
+
+@pytest.fixture(params=["jsonl", "parquet", "hub"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """The rows as a file, and as a folder that is read like a dataset of the hub."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    if request.param == "jsonl":
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        return {"path": str(folder / "rows.jsonl")}
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "train.parquet", row_group_size=4)
+    return {"path": str(folder / "train.parquet")} if request.param == "parquet" else {"hub": str(folder)}
+
+
+def test_rows_become_texts(source: dict[str, Any]) -> None:
+    found = list(read_documents(resolve_source({**source, "template": TEMPLATE}), "text"))
+    assert found[3] == "3 + 3?\n- 3+3=6\n- done\n#### 3"
+    assert len(found) == len(ROWS)
+
+
+def test_reading_goes_on_from_a_position(source: dict[str, Any]) -> None:
+    reader = open_documents(resolve_source({**source, "template": TEMPLATE}), "text")
+    first = list(itertools.islice(reader.documents(), 5))
+    again = open_documents(resolve_source({**source, "template": TEMPLATE}), "text")
+    rest = list(again.documents(json.loads(json.dumps(reader.position()))))
+    assert first + rest == list(read_documents(resolve_source({**source, "template": TEMPLATE}), "text"))
+
+
+def test_an_empty_text_is_no_document(source: dict[str, Any]) -> None:
+    texts = list(read_documents(resolve_source({**source, "template": "{% if answer %}{{ answer }}{% endif %}"}), "x"))
+    assert texts[:3] == [None, "1", "2"]
+
+
+def test_a_preparation_depends_on_its_template(source: dict[str, Any], tmp_path: Path, tokenizer_folder: Path) -> None:
+    def made(name: str, template: str) -> Manifest:
+        options: dict[str, Any] = {"tokenizer": str(tokenizer_folder), "block_size": 4, "validation_fraction": 0.3}
+        return prepare(tmp_path / name, [{**source, "template": template}], **options, progress=False)
+
+    one, same, other = made("one", TEMPLATE), made("same", TEMPLATE), made("other", "{{ question }}")
+    assert one == same
+    assert one.fingerprint != other.fingerprint
+    (record,) = one.sources
+    assert (record.field, record.template, record.documents) == (None, TEMPLATE, len(ROWS))
+    assert record.bytes > other.sources[0].bytes
+    assert Manifest.read(tmp_path / "one") == one
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ text }}", "template: 'text' is undefined; the row has 'question', 'steps', 'answer'"),
+        ("{{ steps + 1 }}", "template: can only concatenate list"),
+        ("{{ question.__class__.__mro__ }}", "template: access to attribute '__class__' of 'str' object is unsafe"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(source: dict[str, Any], template: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(read_documents(resolve_source({**source, "template": template}), "text"))
+    assert message in str(caught.value)
+    assert str(next(iter(source.values()))) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"template": "{% for %}"}, "template, line 1: Expected an expression"),
+        ({"template": "{{ a }}", "field": "a"}, "expected either the key field or the key template"),
+        ({"template": 3}, "template=3: expected text"),
+    ],
+)
+def test_bad_templates_are_refused_before_anything_is_read(
+    source: dict[str, Any], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        resolve_source({**source, **values})
+    assert message in str(caught.value)
+
+
+def test_a_text_file_has_no_rows_to_fill_a_template(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"expected \.parquet or \.jsonl with a template"):
+        resolve_source({"path": str(tmp_path), "template": "{{ a }}"})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text"),
+    [
+        (
+            "gsm8k-aug",
+            {"question": "1 + 2 + 3?", "steps": ["<<1+2=3>>", "<<3+3=6>>"], "answer": "6"},
+            "Question: 1 + 2 + 3?\nAnswer: <<1+2=3>> <<3+3=6>>\n#### 6",
+        ),
+        (
+            "mmlu",
+            {"question": "Which is even?", "subject": "", "choices": ["1", "2", "3", "5"], "answer": 1},
+            "Question: Which is even?\nA. 1\nB. 2\nC. 3\nD. 5\nAnswer: B",
+        ),
+        (
+            "smoltalk",
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "{{ Hello }}"}]},
+            "User: Hi\nAssistant: {{ Hello }}\n",
+        ),
+    ],
+)
+def test_templates_of_shipped_recipes(name: str, row: dict[str, Any], text: str) -> None:
+    (source,) = load_preparation(RECIPES / f"{name}.yaml")["sources"]
+    assert render(source["template"], row, "row") == text
