@@ -16,7 +16,10 @@ from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 
-COMMANDS = ("prepare", "train", "compare", "perplexity", "generate", "evaluate", "inspect", "plan", "demo")
+COMMANDS = (
+    *("prepare", "train", "compare", "perplexity", "generate", "evaluate", "inspect", "plan", "demo"),
+    *("make-task", "exact-match"),
+)
 
 
 def run(*arguments: object) -> str:

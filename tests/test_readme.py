@@ -5,6 +5,7 @@ import inspect
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from thoughtbubbles.comparison.recipe import load_comparison
 from thoughtbubbles.configuration import PRESETS
 from thoughtbubbles.data import load_preparation
 from thoughtbubbles.data.corpora import resolve_source
+from thoughtbubbles.data.procedural import TASKS, word_tokenizer
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import load_recipe
@@ -35,6 +37,7 @@ EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+TASK_GUIDE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -179,7 +182,7 @@ def commands(*pages: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "command",
-    commands(README, GUIDE, TRAINING, CLUSTER, COMPARISON, EVALUATION, INSPECTION),
+    commands(README, GUIDE, TRAINING, CLUSTER, COMPARISON, EVALUATION, INSPECTION, TASK_GUIDE),
     ids=lambda command: command[0],
 )
 def test_commands_are_understood(command: list[str]) -> None:
@@ -243,6 +246,24 @@ def test_sources_of_the_guide_have_real_keys(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     for source in load_preparation(tmp_path / "recipe.yaml")["sources"]:
         assert resolve_source(source).template == source["template"]
+
+
+def test_tasks_of_the_guide_are_those_that_there_are() -> None:
+    lines = [line for line in TASK_GUIDE.splitlines() if line.startswith("| `")]
+    rows = {cells[1].strip(" `"): cells for line in lines if len(cells := line.split("|")) == 7}
+    assert list(rows) == list(TASKS)
+    for name, cells in rows.items():
+        prompt, answer, most = cells[2].strip(" `"), cells[3].strip(" `"), int(cells[5])
+        assert most == TASKS[name].max_difficulty
+        tokenizer = word_tokenizer(TASKS[name].words)
+        assert tokenizer.unk_token_id not in tokenizer.encode(prompt + answer)
+        assert f"`{prompt}` is answered by `{answer}`" in str(sys.modules[TASKS[name].make.__module__].__doc__)
+
+
+@pytest.mark.parametrize("command", [each for each in commands(TASK_GUIDE) if each[0] == "train"], ids=lambda c: c[1])
+def test_task_commands_override_real_keys(command: list[str]) -> None:
+    recipe = load_recipe(ROOT / command[1], command[2:])
+    assert recipe.training.output in TASK_GUIDE
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("yaml", TRAINING) if not text.startswith("sources:")])

@@ -102,6 +102,36 @@ def prepare(
     typer.echo(f"vocabulary {manifest.vocab_size:>9,} tokens, blocks of {manifest.block_size} in {output}")
 
 
+@app.command("make-task")
+def make_task(
+    task: Annotated[str, typer.Argument(help="`arithmetic`, `kinship` or `recall`.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write: train.jsonl, test.jsonl, tokenizer, task.json.")],
+    examples: Annotated[int, typer.Option(help="Rows to train on, as many of each difficulty.")] = 100_000,
+    max_difficulty: Annotated[
+        int, typer.Option(help="The greatest difficulty, the least being 1: operators, facts, or keys.")
+    ] = 6,
+    test_examples: Annotated[
+        int, typer.Option(help="Rows to test on of each difficulty; fewer where there are not so many.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the rows; none tests on what another trains on.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Generate a procedural task: questions of graded difficulty whose answers are computed.
+
+    Train on the rows with recipes/tasks, and measure with `exact-match`.
+    """
+    from thoughtbubbles.data.procedural import TASKS
+    from thoughtbubbles.data.procedural import make_task as make
+    from thoughtbubbles.options import check_known
+
+    check_known(task, list(TASKS), "task", InputError)
+    made = make(TASKS[task], output, examples, max_difficulty, test_examples, seed, progress=not quiet)
+    typer.echo(
+        f"{made.examples:,} rows to train on, {made.test_rows:,} to test on, difficulty 1 to {made.max_difficulty}, "
+        f"in {output}"
+    )
+
+
 def _was_given(ctx: typer.Context, name: str) -> bool:
     """Whether the user gave a parameter, as against its default value."""
     source = ctx.get_parameter_source(name)
@@ -392,6 +422,48 @@ def evaluate(
         from thoughtbubbles.inspection.plots import plot_scores
 
         plot_scores(panels_of(rows), output / PLOT_NAME, Path(model).name)
+
+
+@app.command("exact-match")
+def exact_match(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    rows: Annotated[
+        Path, typer.Argument(help="Questions: a .jsonl or .parquet file of rows with prompt, answer and difficulty.")
+    ],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Streams per token, such as 2 or 1,1.5,2; if not given, the model's.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many rows of each difficulty, evenly spread.", min=1, show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for exact_match.json, answers.jsonl and exact_match.png.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time; no answer depends on it.", min=1)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how many questions a model answers exactly, by difficulty and budget.
+
+    It is asked as `task: sft` taught it, and answers greedily, up to the end of text.
+    """
+    from thoughtbubbles.evaluation.answering import read_questions
+    from thoughtbubbles.evaluation.evaluate import parse_budgets
+    from thoughtbubbles.evaluation.exact_match import PLOT_NAME, check_output, lines_of, measure_exact_match
+
+    budgets = None if budget is None else parse_budgets(budget)
+    if output is not None:
+        check_output(output)
+    questions = read_questions(rows, limit)
+    found = measure_exact_match(model, questions, str(rows), budgets, batch_size, progress=not as_json)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+    if output is not None:
+        from thoughtbubbles.inspection.plots import plot_scores
+
+        written = found.write(output)
+        plot_scores({"exact match": lines_of(found)}, output / PLOT_NAME, Path(model).name, xlabel="difficulty")
+        _say_written([*written, output / PLOT_NAME], output)
 
 
 @app.command()

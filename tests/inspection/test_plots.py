@@ -57,6 +57,14 @@ def test_scores_stand_over_their_budgets(tmp_path: Path, drawn: list[Figure]) ->
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scores_stand_over_whole_difficulties(tmp_path: Path, drawn: list[Figure]) -> None:
+    lines = {"budget 1": [(1.0, 0.9, 0.1), (2.0, 0.4, 0.1)]}
+    plots.plot_scores({"exact match": lines}, tmp_path / "scores.png", xlabel="difficulty")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "difficulty"
+    assert all(place == int(place) for place in axes.get_xticks())
+
+
 def test_bubbles_are_drawn_token_by_token(tmp_path: Path, drawn: list[Figure]) -> None:
     tokens = [f"t{i}" for i in range(40)]
     sizes = [[1] * 40, [2] * 40, [1 + i % 3 for i in range(40)]]

@@ -83,7 +83,7 @@ def evaluate(model: str, output: Path, options: Options, progress: bool = True) 
     if options.data_dir is not None:
         check_files(options.benchmarks, options.data_dir)
     config = load_config(model)
-    budgets = _budgets(config, options.budgets, progress)
+    budgets = choose_budgets(config, options.budgets, progress)
     tokenizer = load_tokenizer(model)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
@@ -117,8 +117,12 @@ def _left(
     return left
 
 
-def _budgets(config: ThoughtbubblesConfig, asked: Sequence[Fraction] | None, progress: bool) -> list[Fraction]:
-    """The budgets to evaluate at; one where it has no effect."""
+def choose_budgets(config: ThoughtbubblesConfig, asked: Sequence[Fraction] | None, progress: bool) -> list[Fraction]:
+    """The budgets to evaluate at: those asked for, or the model's own; 1 alone where a budget has no effect.
+
+    Raises:
+        InputError: for one that the model cannot have.
+    """
     if not (config.gated_layers or config.copied_layers):
         if asked and list(asked) != [1]:
             say("the model is dense: its budget is 1", progress)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from thoughtbubbles.files import replacing
 from thoughtbubbles.training.callbacks import read_metrics
@@ -90,13 +90,17 @@ def draw_bubbles(
 
 
 def plot_scores(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], output: Path, title: str = ""
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]],
+    output: Path,
+    title: str = "",
+    xlabel: str = "budget (streams per token)",
 ) -> None:
-    """Scores against budget with bars of one standard error, a panel for each task.
+    """Scores against budget, or something else, with bars of one standard error, a panel for each task.
 
     Args:
         panels: name of a panel to the lines in it; a line is its label and points (budget, score, standard error).
         output: PNG to write.
+        xlabel: what stands in the place of the budget.
     """
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -106,7 +110,9 @@ def plot_scores(
         for (label, points), colour in zip(lines.items(), _cycle(LINE_COLOURS, len(lines)), strict=True):
             budgets, scores, errors = zip(*sorted(points), strict=True)
             axes.errorbar(budgets, scores, errors, marker="o", markersize=3.5, capsize=2, color=colour, label=label)
-        axes.set(title=name, xlabel="budget (streams per token)")
+        axes.set(title=name, xlabel=xlabel)
+        if all(float(point[0]).is_integer() for points in lines.values() for point in points):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)

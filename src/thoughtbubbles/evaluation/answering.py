@@ -1,0 +1,208 @@
+"""Questions with known answers, and what a model answers: greedily, with the cache, many at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from thoughtbubbles.budget import budget_text
+from thoughtbubbles.data import read_rows, resolve_source
+from thoughtbubbles.data.hub import missing_field
+from thoughtbubbles.data.splitting import spread
+from thoughtbubbles.data.tokenizer import Encoder
+from thoughtbubbles.errors import InputError
+from thoughtbubbles.evaluation.generation import start_document
+from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.options import WORDS
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to answer.
+
+    Attributes:
+        row: its number in the file, from 1.
+        prompt, answer, difficulty: its fields.
+    """
+
+    row: int
+    prompt: str
+    answer: str
+    difficulty: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        budget: streams per token, as text.
+        question: asked.
+        written: the text up to the end of text; where that did not come, None.
+    """
+
+    budget: str
+    question: Question
+    written: str | None
+
+    @property
+    def right(self) -> bool:
+        """Whether it is the answer and nothing else."""
+        return self.written == self.question.answer
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The rows of a .jsonl or .parquet file.
+
+    Args:
+        limit: only so many of each difficulty, evenly spread.
+
+    Raises:
+        InputError: a file that cannot be read or has no rows, or a row without `prompt` (text), `answer` (text, not
+            empty) or `difficulty` (a whole number).
+    """
+    by_difficulty: dict[int, list[Question]] = {}
+    for number, row in enumerate(read_rows(resolve_source(str(path))), start=1):
+        question = _question(row, number, f"{path}, row {number}")
+        by_difficulty.setdefault(question.difficulty, []).append(question)
+    chosen = [some[place] for some in by_difficulty.values() for place in spread(len(some), limit)]
+    if not chosen:
+        raise InputError(f"{path} has no rows: expected questions")
+    return sorted(chosen, key=lambda question: question.row)
+
+
+def _question(row: Mapping[str, Any], number: int, place: str) -> Question:
+    for field, kind in (("prompt", str), ("answer", str), ("difficulty", int)):
+        if field not in row:
+            raise missing_field(place, field, list(row))
+        if type(row[field]) is not kind:
+            raise InputError(f"{place}: {field}={row[field]!r}: expected {WORDS[kind]}")
+    if not row["answer"]:
+        raise InputError(f"{place}: answer='': expected some text")
+    return Question(number, row["prompt"], row["answer"], row["difficulty"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions to answer together.
+
+    Attributes:
+        questions: B of them.
+        prompts: token ids of each, the token that starts documents in front.
+        new_tokens: to write at most: those of the longest answer of all and the end of text.
+    """
+
+    questions: Sequence[Question]
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, width], padded on the left."""
+        ids = torch.zeros((len(self.prompts), self.width), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, self.width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, self.width - len(prompt) :] = 1
+        return ids, mask
+
+
+def make_batches(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question], source: str, longest: int, batch_size: int = 64
+) -> list[Batch]:
+    """Tokenise questions as `task: sft` does, and put those of about one length together.
+
+    Args:
+        tokenizer: has an eos token.
+        questions: to ask.
+        source: names them in messages.
+        longest: tokens of the model's longest row.
+        batch_size: questions of a batch.
+
+    Raises:
+        InputError: a question that the vocabulary lacks words for, or that does not fit the longest row.
+    """
+    prompts, answers = _encode(tokenizer, questions, source)
+    # Of all questions, so that what is written does not depend on the batch.
+    new_tokens = max(map(len, answers)) + 1
+    asked = sorted(zip(questions, prompts, strict=True), key=lambda pair: len(pair[1]))
+    batches = []
+    for start in range(0, len(asked), batch_size):
+        some, tokens = zip(*asked[start : start + batch_size], strict=True)
+        batch = Batch(some, tokens, new_tokens)
+        # The last token that is written is not read.
+        if (length := batch.width + new_tokens - 1) > longest:
+            raise InputError(
+                f"{source}, row {some[-1].row}: {length} tokens with the longest answer: expected at most {longest}, "
+                "the model's longest row"
+            )
+        batches.append(batch)
+    return batches
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question], source: str
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens of the prompts, after the token that starts documents, and of the answers."""
+    texts = [text for question in questions for text in (question.prompt, question.answer)]
+    tokens: list[list[int]] = [[] for _ in texts]
+    for piece in Encoder(tokenizer, threads=1).encode(enumerate(texts)):
+        tokens[piece.document] += piece.tokens.tolist()
+    prompts, answers = tokens[::2], tokens[1::2]
+    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
+        if tokenizer.unk_token_id in prompt + answer:
+            shown = f"{question.prompt}{question.answer}"
+            raise InputError(f"{source}, row {question.row}: {shown!r}: expected words of the model's tokenizer alone")
+    start = start_document(tokenizer)
+    return [start + prompt for prompt in prompts], answers
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: ThoughtbubblesForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Sequence[Batch],
+    budget: Fraction,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Let a model answer greedily, with the cache, up to the end of text or a token more than the longest answer.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: that of the batches.
+        batches: which `make_batches` made.
+        budget: streams per token.
+        on_progress: called with the number of questions answered since the last call.
+
+    Returns:
+        The answers in the order of the rows.
+    """
+    generator: Any = model  # transformers types `generate` for its own classes
+    end = tokenizer.eos_token_id
+    answers = []
+    for batch in batches:
+        ids, mask = batch.padded()
+        out = generator.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=batch.new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+            budget=budget,
+        )
+        for question, row in zip(batch.questions, out[:, batch.width :].tolist(), strict=True):
+            written = str(tokenizer.decode(row[: row.index(end)])) if end in row else None
+            answers.append(Answer(budget_text(budget), question, written))
+        if on_progress is not None:
+            on_progress(len(batch.questions))
+    return sorted(answers, key=lambda answer: answer.question.row)
