@@ -5,6 +5,7 @@ from html import escape
 
 import numpy as np
 
+from thoughtbubbles.budget import budget_text
 from thoughtbubbles.inspection.plots import visible_token
 from thoughtbubbles.inspection.trace import BubbleTrace, Lifetime, family_order
 
@@ -46,7 +47,7 @@ def _silhouette(sizes: Sequence[int], widest: int) -> str:
 def render_summary(trace: BubbleTrace) -> str:
     """The loss and perplexity of the text and the streams that it took."""
     sizes = trace.bubble_sizes()
-    parts = [f"budget {trace.budget}", f"{sizes.mean():.2f} streams per token and block"]
+    parts = [f"budget {budget_text(trace.budget)}", f"{sizes.mean():.2f} streams per token and block"]
     if trace.surprisal:
         loss = float(np.mean(trace.surprisal))
         parts.insert(0, f"perplexity {np.exp(loss):.2f} ({loss:.4f} nats per token)")
