@@ -111,7 +111,7 @@ def test_summary_and_table_and_text() -> None:
     model = tiny_model(routing="topk", budget=1.5)
     found = trace_bubbles(model, Letters(), "abcd")
     assert re.search(
-        r"perplexity [\d.]+ \([\d.]+ nats per token\); budget 3/2; .* no left-to-right", render_summary(found)
+        r"perplexity [\d.]+ \([\d.]+ nats per token\); budget 1\.5; .* no left-to-right", render_summary(found)
     )
     assert "perplexity" not in render_summary(trace_bubbles(model, Letters(), [1]))
     cells = [cell.text for cell in elements(render_next([(" a", 0.5, 0.25), ("b", 0.1, None)])).findall(".//td")]
