@@ -21,6 +21,7 @@ from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cache import StreamCache
+from thoughtbubbles.decoding import CACHE_NAME
 from thoughtbubbles.machine import describe_machine
 
 VARIANTS = ("ours, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
@@ -79,8 +80,8 @@ def refuse_wrong_results(model: Any, context: int) -> None:
     ids = torch.randint(model.config.vocab_size, (1, context + 1), device=model.device)
     full = model(ids, logits_to_keep=1).logits
     cache = StreamCache()
-    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-    difference = (model(ids[:, -1:], past_key_values=cache).logits - full).abs().max().item()
+    model(ids[:, :-1], cache=cache, logits_to_keep=1)
+    difference = (model(ids[:, -1:], cache=cache).logits - full).abs().max().item()
     if not difference < 1e-3:
         raise SystemExit(f"cached and full logits differ by {difference}: nothing measured")
 
@@ -92,7 +93,7 @@ def measure(models: dict[str, Any], context: int, batch: int, arguments: argpars
     ids = torch.randint(models["ours"].config.vocab_size, (batch, context + arguments.steps + 2), device=device)
     caches: dict[str, Any] = {"ours": StreamCache(), "dense": StreamCache(), "GPT-NeoX": DynamicCache()}
     for name, cache in caches.items():
-        models[name](ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        models[name](ids[:, :context], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     variants = VARIANTS if batch == 1 else VARIANTS[:3]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for step in range(arguments.steps + 1):
@@ -123,7 +124,7 @@ def measure(models: dict[str, Any], context: int, batch: int, arguments: argpars
 
 def one_step(model: Any, cache: Any, token: Tensor) -> Callable[[], Any]:
     """A step of decoding, to be timed."""
-    return lambda: model(token, past_key_values=cache, use_cache=True)
+    return lambda: model(token, **{CACHE_NAME: cache}, use_cache=True)
 
 
 def cache_bytes(cache: Any) -> int:

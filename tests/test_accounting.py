@@ -128,8 +128,8 @@ def test_flops_of_a_cached_step_are_what_torch_counts(routing: str, budget: floa
     """Where every token has as many streams as every other, a step costs the mean."""
     model = decoding_model(routing=routing, budget=budget, merge=merge)
     cache, ids = StreamCache(), torch.randint(61, (1, 20))
-    model(ids[:, :-1], past_key_values=cache)
-    counted = counted_flops(model, ids[:, -1:], past_key_values=cache)
+    model(ids[:, :-1], cache=cache)
+    counted = counted_flops(model, ids[:, -1:], cache=cache)
     assert counted == pytest.approx(decoding_flops(model.config, 20))
 
 
@@ -138,7 +138,7 @@ def test_flops_of_the_cached_steps_of_a_row_are_near_the_sum(budget: float) -> N
     """Above by no more than rounding of widths, below by what scores leave unspent of the budget."""
     model = decoding_model(budget=budget)
     cache, ids = StreamCache(), torch.randint(61, (1, 60), generator=torch.Generator().manual_seed(0))
-    counted = sum(counted_flops(model, column, past_key_values=cache) for column in ids.split(1, dim=1))
+    counted = sum(counted_flops(model, column, cache=cache) for column in ids.split(1, dim=1))
     expected = sum(decoding_flops(model.config, context) for context in range(1, 61))
     assert 0.9 * expected < counted < 1.02 * expected
 
@@ -159,7 +159,7 @@ def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precisi
     """Where the budget is spent to the last stream and rows fill whole blocks of memory, exactly as many."""
     model = decoding_model(routing=routing, budget=budget, attenuation=attenuation).to(getattr(torch, precision))
     cache = StreamCache()
-    model(torch.randint(61, (2, BLOCK)), past_key_values=cache)
+    model(torch.randint(61, (2, BLOCK)), cache=cache)
     forks = [buffer.data for memory in cache.forks.values() for buffer in memory.buffers]
     assert cache.nbytes == 2 * cache_bytes(model.config, BLOCK, precision=precision, device="cpu")
     assert bool(forks) == (routing != "none")
@@ -170,7 +170,7 @@ def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precisi
 def test_bytes_of_a_cache_but_for_the_growth(budget: float, length: int) -> None:
     model = decoding_model(budget=budget, attenuation="paper", max_position_embeddings=300)
     cache = StreamCache()
-    model(torch.randint(61, (1, length)), past_key_values=cache)
+    model(torch.randint(61, (1, length)), cache=cache)
     expected = cache_bytes(model.config, length, device="cpu")
     # A step of growth for every buffer: keys, values and ordinals of each layer, 13 bytes at each fork layer.
     growth = sum(BLOCK * (2 * 34 * 4 + 8) for _ in range(4)) + 2 * BLOCK * 13

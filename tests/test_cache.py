@@ -55,8 +55,8 @@ def in_chunks(model, ids: Tensor, mask: Tensor | None, chunks: list[int], cache:
     logits, done = [], cache.get_seq_length()
     for chunk in chunks:
         seen = None if mask is None else mask[:, : done + chunk]
-        out = model(ids[:, done : done + chunk], attention_mask=seen, past_key_values=cache)
-        assert out.past_key_values is cache
+        out = model(ids[:, done : done + chunk], attention_mask=seen, cache=cache)
+        assert out.cache is cache
         logits.append(out.logits)
         done += chunk
     assert cache.get_seq_length() == done
@@ -137,7 +137,7 @@ def test_bfloat16_keeps_the_bias_precise() -> None:
     with torch.no_grad():
         full = model(ids, budget=1).logits
         cache = StreamCache()
-        steps = [model(ids[:, i : i + 1], past_key_values=cache, budget=1).logits for i in range(LENGTH)]
+        steps = [model(ids[:, i : i + 1], cache=cache, budget=1).logits for i in range(LENGTH)]
     assert (torch.cat(steps, 1) - full).norm() / full.norm() < 0.02
 
 
@@ -285,7 +285,7 @@ def test_reset_forgets_everything() -> None:
     assert (cache.get_seq_length(), cache.nbytes, cache.is_initialized) == (0, 0, False)
     with torch.no_grad():
         full = model(ids[:2], attention_mask=mask[:2], budget=2).logits
-        again = model(ids[:2], attention_mask=mask[:2], budget=2, past_key_values=cache).logits
+        again = model(ids[:2], attention_mask=mask[:2], budget=2, cache=cache).logits
     assert agree(again, full, mask[:2])
 
 
@@ -293,8 +293,8 @@ def test_memory_grows_in_blocks_with_the_streams_that_live() -> None:
     narrow, wide = StreamCache(), StreamCache()
     model, ids = make(torch.float32, fork_layers=[1]), torch.randint(31, (1, 300))
     with torch.no_grad():
-        model(ids, past_key_values=narrow, budget=1)
-        model(ids, past_key_values=wide, budget=2)
+        model(ids, cache=narrow, budget=1)
+        model(ids, cache=wide, budget=2)
     assert narrow.attention[2].keys.data.shape[2] == 3 * BLOCK
     assert wide.attention[2].keys.data.shape[2] == 5 * BLOCK
     assert wide.attention[2].lengths == [600]
@@ -334,9 +334,23 @@ def test_a_topk_model_decodes_causally_and_says_so_once(
 
 def test_forward_makes_a_cache_only_if_asked() -> None:
     model, ids = make(), ids_and_mask(1)[0]
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=False).past_key_values is None
-    assert isinstance(model(ids, use_cache=True).past_key_values, StreamCache)
+    assert model(ids).cache is None
+    assert model(ids, use_cache=False).cache is None
+    assert isinstance(model(ids, use_cache=True).cache, StreamCache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_either_name_of_a_cache(name: str) -> None:
+    model, ids = make(), ids_and_mask(1)[0]
+    whole, expected = model(ids).logits, greedy(model, ids, max_new_tokens=5)
+    given = StreamCache()
+    model(ids[:, :9], **{name: given})
+    out = model(ids[:, 9:], **{name: given})
+    assert out.cache is out.past_key_values is given
+    torch.testing.assert_close(out.logits, whole[:, 9:])
+    given.crop(-1)
+    assert torch.equal(greedy(model, ids, max_new_tokens=5, **{name: given}), expected)
+    assert given.get_seq_length() == LENGTH + 4
 
 
 class TestBadInput:
@@ -347,25 +361,29 @@ class TestBadInput:
 
     def test_another_budget(self) -> None:
         with pytest.raises(ValueError, match="budget=2: expected 3/2, with which the cache was filled"):
-            make()(torch.ones(3, 1, dtype=torch.int64), past_key_values=self.cache(), budget=2)
+            make()(torch.ones(3, 1, dtype=torch.int64), cache=self.cache(), budget=2)
 
     def test_another_batch(self) -> None:
         with pytest.raises(ValueError, match="batch of 2 rows: expected 3, those of the cache"):
-            make()(torch.ones(2, 1, dtype=torch.int64), past_key_values=self.cache())
+            make()(torch.ones(2, 1, dtype=torch.int64), cache=self.cache())
 
     def test_another_model(self) -> None:
         with pytest.raises(ValueError, match="filled by a model of shape"):
-            make(hidden_size=16)(torch.ones(3, 1, dtype=torch.int64), past_key_values=self.cache())
+            make(hidden_size=16)(torch.ones(3, 1, dtype=torch.int64), cache=self.cache())
 
     def test_a_model_that_copies(self) -> None:
         with pytest.raises(ValueError, match="filled by a model of shape"):
             make(routing="copy", budget=1)(
-                torch.ones(3, 1, dtype=torch.int64), past_key_values=self.cache(routing="none", budget=1)
+                torch.ones(3, 1, dtype=torch.int64), cache=self.cache(routing="none", budget=1)
             )
 
     def test_another_class(self) -> None:
         with pytest.raises(ValueError, match="DynamicCache: expected a StreamCache"):
-            make()(torch.ones(3, 1, dtype=torch.int64), past_key_values=DynamicCache())
+            make()(torch.ones(3, 1, dtype=torch.int64), cache=DynamicCache())
+
+    def test_two_caches(self) -> None:
+        with pytest.raises(ValueError, match="cache and past_key_values: expected one of the two"):
+            make()(torch.ones(3, 1, dtype=torch.int64), cache=self.cache(), past_key_values=self.cache())
 
     def test_another_implementation(self) -> None:
         with pytest.raises(ValueError, match="cache_implementation='static': expected None"):
@@ -374,14 +392,14 @@ class TestBadInput:
     def test_mask_without_the_past(self) -> None:
         ones = torch.ones(3, 1, dtype=torch.int64)
         with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 1\): expected \(3, 9\)"):
-            make()(ones, attention_mask=ones, past_key_values=self.cache())
+            make()(ones, attention_mask=ones, cache=self.cache())
 
     def test_longer_than_the_longest_row(self) -> None:
         model = make(max_position_embeddings=10)
         cache = StreamCache()
-        model(torch.ones(1, 8, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(1, 8, dtype=torch.int64), cache=cache)
         with pytest.raises(ValueError, match="input of 11 tokens: expected at most max_position_embeddings=10"):
-            model(torch.ones(1, 3, dtype=torch.int64), past_key_values=cache)
+            model(torch.ones(1, 3, dtype=torch.int64), cache=cache)
         assert cache.get_seq_length() == 8
 
     def test_budget_below_1(self) -> None:

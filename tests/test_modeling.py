@@ -515,7 +515,7 @@ def test_argument_without_effect_is_refused(name: str, value: Any) -> None:
 
 def test_arguments_that_ask_for_nothing_are_accepted() -> None:
     model, ids = tiny_model(), random_ids(1, 5)
-    out = model(ids, use_cache=False, output_attentions=None, past_key_values=None)
+    out = model(ids, use_cache=False, output_attentions=None, cache=None)
     assert torch.equal(out.logits, model(ids).logits)
 
 
@@ -574,7 +574,7 @@ def test_embeddings_fill_and_continue_a_cache() -> None:
     expected = model(ids, attention_mask=mask).logits
     embeddings = model.get_input_embeddings()(ids).detach()
     first = model(inputs_embeds=embeddings[:, :6], attention_mask=mask[:, :6], use_cache=True)
-    rest = model(inputs_embeds=embeddings[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
+    rest = model(inputs_embeds=embeddings[:, 6:], attention_mask=mask, cache=first.cache)
     logits = torch.cat([first.logits, rest.logits], dim=1)
     assert torch.allclose(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4)
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests.helpers import padding_mask, random_ids, tiny_model
 from thoughtbubbles.gate import ForkGate
@@ -105,6 +107,8 @@ def test_adapters_survive_saving_and_loading(tmp_path: Path) -> None:
 
 def test_adapters_of_transformers_are_stored_alone(tmp_path: Path) -> None:
     """The same through `add_adapter`, which keeps the class of the model."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers asks for peft {MIN_PEFT_VERSION}, here is {peft.__version__}")
     model, ids = tiny_model(), random_ids(2, 9)
     model.add_adapter(lora())
     scramble(model)

@@ -173,7 +173,7 @@ class ForkMemory(_RowMemory):
 class StreamCache(Cache):
     """Everything that decoding needs of the tokens so far (Design 3.8).
 
-    Pass an empty one as `past_key_values`; `generate` does so by itself. It serves one model at one budget.
+    Pass an empty one as `cache`; `generate` does so by itself. It serves one model at one budget.
     """
 
     is_compileable = False
@@ -209,7 +209,7 @@ class StreamCache(Cache):
             self.attention = [AttentionMemory() for _ in range(config.num_hidden_layers)]
             self.forks = {layer: ForkMemory() for layer in config.gated_layers}
         if owner != self._owner:
-            raise ValueError(f"past_key_values: filled by a model of shape {self._owner}, expected {owner}")
+            raise ValueError(f"cache: filled by a model of shape {self._owner}, expected {owner}")
         if budget != self.budget:
             raise ValueError(f"budget={budget}: expected {self.budget}, with which the cache was filled")
         if self.real is not None and len(self.real) != batch:
@@ -293,6 +293,11 @@ class StreamCache(Cache):
     def is_sliding(self) -> list[bool]:
         """No layer forgets."""
         return [False] * len(self.attention)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is linear attention; a cache without layers yet must not pass for one of such layers alone."""
+        return [False] * max(len(self.attention), 1)
 
     @property
     def nbytes(self) -> int:

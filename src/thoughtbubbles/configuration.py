@@ -59,7 +59,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     """
 
     model_type = "thoughtbubbles"
-    keys_to_ignore_at_inference = ["past_key_values", "streams"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "streams"]
 
     vocab_size: int = 50257
     hidden_size: int = 768

@@ -1,11 +1,21 @@
 """What `generate` of transformers has to know about streams (Design 3.8)."""
 
+import inspect
 from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
+from transformers.utils.generic import ModelOutput
 
 from .cache import StreamCache
 from .configuration import ThoughtbubblesConfig
+
+# Renamed in transformers 5.24.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""What `generate` of the installed transformers calls the cache that it hands on."""
 
 
 class StreamGenerationMixin(GenerationMixin):
@@ -36,5 +46,16 @@ class StreamGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: expected None, since streams need "
                 "a StreamCache"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StreamCache()
+        if (given := model_kwargs.pop("cache", None)) is not None:
+            model_kwargs[CACHE_NAME] = given
+        if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = StreamCache()
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the cache on to the next pass under the name that `generate` looks for."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.get("cache") is not None:
+            model_kwargs[CACHE_NAME] = outputs["cache"]
+        return model_kwargs

@@ -119,11 +119,12 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: StreamCache | None = None,
+        cache: StreamCache | None = None,
         use_cache: bool | None = None,
         budget: Budget | None = None,
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
+        past_key_values: StreamCache | None = None,
         **kwargs: Any,
     ) -> ThoughtbubblesModelOutput:
         """Hidden states of every token.
@@ -132,11 +133,12 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             input_ids: [B, T] int64; or else `inputs_embeds` [B, T, D].
             attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (Design 3.7). With
                 a filled cache [B, past + T].
-            past_key_values: a cache to go on from and to add to (Design 3.8); an empty one to begin with.
+            cache: to go on from and to add to (Design 3.8); an empty one to begin with.
             use_cache: whether to make and return a cache where none is given; None is no.
             budget: streams per token, in place of the configured budget (Design 3.9).
             output_hidden_states: also return the roots at every layer.
             output_streams: also return the streams at every layer.
+            past_key_values: another name of `cache`, that of transformers before 5.24.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, a row longer than
@@ -146,7 +148,8 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         _refuse_unknown(kwargs)
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
-        cache = StreamCache() if use_cache and past_key_values is None else past_key_values
+        cache = _one_cache(cache, past_key_values)
+        cache = StreamCache() if use_cache and cache is None else cache
         given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -given.shape[1] :]
@@ -164,7 +167,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             final_streams=streams,
             merge_is_weighted=weighted,
             columns=columns,
-            past_key_values=cache,
+            cache=cache,
         )
 
     def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
@@ -213,9 +216,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         if given.dim() != (2 if inputs_embeds is None else 3) or given.shape[1] == 0:
             raise ValueError(f"input of shape {tuple(given.shape)}: expected rows of at least one token, [B, T]")
         if cache is not None and not isinstance(cache, StreamCache):
-            raise ValueError(f"past_key_values of class {type(cache).__name__}: expected a StreamCache")
+            raise ValueError(f"cache of class {type(cache).__name__}: expected a StreamCache")
         if cache is not None and self.training and self.gradient_checkpointing:
-            raise ValueError("past_key_values: expected none while gradient checkpointing recomputes the blocks")
+            raise ValueError("cache: expected none while gradient checkpointing recomputes the blocks")
         length = given.shape[1] + (0 if cache is None else cache.get_seq_length())
         if length > self.config.max_position_embeddings:
             raise ValueError(
@@ -285,13 +288,14 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: StreamCache | None = None,
+        cache: StreamCache | None = None,
         use_cache: bool | None = None,
         budget: Budget | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: StreamCache | None = None,
         **kwargs: Any,
     ) -> ThoughtbubblesCausalLMOutput:
         """Next-token logits and, given labels, the loss.
@@ -316,7 +320,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             use_cache=use_cache,
             budget=budget,
             output_hidden_states=output_hidden_states,
@@ -333,7 +337,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         return ThoughtbubblesCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            cache=out.cache,
             hidden_states=out.hidden_states,
             streams=out.streams,
         )
@@ -348,6 +352,13 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
     return values if columns is None else columns.restore(values)
+
+
+def _one_cache(cache: StreamCache | None, past_key_values: StreamCache | None) -> StreamCache | None:
+    """The cache of a pass, under whichever of its two names it came."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values: expected one of the two, which are names of the same")
+    return past_key_values if cache is None else cache
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What the models return."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
@@ -21,7 +22,7 @@ class ThoughtbubblesModelOutput(ModelOutput):
         final_streams: the streams leaving the last block.
         merge_is_weighted: whether the merge weighs them by p (Design 3.6).
         columns: where the real tokens stand; None without an attention mask.
-        past_key_values: the cache, if one was given or asked for.
+        cache: if one was given or asked for; also `past_key_values`, its name before transformers 5.24.
     """
 
     last_hidden_state: Tensor | None = None
@@ -30,7 +31,9 @@ class ThoughtbubblesModelOutput(ModelOutput):
     final_streams: Streams | None = None
     merge_is_weighted: bool | None = None
     columns: ColumnMap | None = None
-    past_key_values: StreamCache | None = None
+    cache: StreamCache | None = None
+
+    past_key_values = property(attrgetter("cache"))
 
 
 @dataclass
@@ -40,11 +43,13 @@ class ThoughtbubblesCausalLMOutput(ModelOutput):
     Attributes:
         loss: mean cross-entropy in nats over the labelled tokens, if labels were given.
         logits: [B, T, V], finite and meaningless at padding.
-        past_key_values, hidden_states, streams: as in `ThoughtbubblesModelOutput`.
+        cache, hidden_states, streams: as in `ThoughtbubblesModelOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: StreamCache | None = None
+    cache: StreamCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     streams: tuple[Streams, ...] | None = None
+
+    past_key_values = property(attrgetter("cache"))

@@ -113,8 +113,8 @@ def test_scores_are_those_of_decoding_with_the_cache(tiny_data: PreparedData) ->
     cache, total = None, 0.0
     for place, token in enumerate(ids[:-1]):
         with torch.inference_mode():
-            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+            out = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+        cache = out.cache
         if place >= count - 1:
             total += out.logits[0, -1].log_softmax(-1)[ids[place + 1]].item()
     assert score == pytest.approx(total, abs=1e-3)

@@ -97,7 +97,7 @@ class Exhibit:
         for _ in range(min(count, room) + 1):
             with self.lock, torch.inference_mode():
                 row = torch.tensor([new], device=self.model.device)
-                out = self.model(row, past_key_values=cache, budget=budget, logits_to_keep=1, output_streams=True)
+                out = self.model(row, cache=cache, budget=budget, logits_to_keep=1, output_streams=True)
             sizes += out.streams[-1].bubble_sizes()[0].tolist()
             yield list(pieces), list(sizes)
             probabilities = (out.logits[0, -1].float() / TEMPERATURE).softmax(-1).cpu()
