@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocked_attention import blocked_attention, suits
 from .cache import AttentionMemory, Placement
 from .configuration import ThoughtbubblesConfig
 
@@ -50,8 +51,14 @@ def attenuated_attention(
     """
     head_dim = q.shape[-1]
     scale = 1 / math.sqrt(head_dim)
-    if log_score is not None:
+    blocked = memory is None and suits(q)
+    bias = log_score if blocked and rule == "paper" else None
+    if bias is not None:
+        v = _weigh(v, bias)
+    elif log_score is not None:
         q, k, v = attenuate(q, k, v, log_score, rule, scale)
+    if blocked:
+        return blocked_attention(q, k, v, bias, scale)
     mask, is_causal = None, True
     if memory is not None and placement is not None:
         k, v = memory.append(k, v, placement)
@@ -64,7 +71,7 @@ def attenuate(
     q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v whose plain product, scaled by `scale`, is the attenuated one; `paper` widens them."""
-    v = v * log_score.exp().to(v.dtype)[:, None, :, None]
+    v = _weigh(v, log_score)
     if rule == "released":
         bias = log_score.to(k.dtype)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
         q = torch.cat([q[..., :-1], torch.ones_like(q[..., :1])], dim=-1)
@@ -76,6 +83,10 @@ def attenuate(
     q = F.pad(torch.cat([q, torch.ones_like(q[..., :width])], dim=-1), (0, spare))
     k = F.pad(torch.cat([k, channels], dim=-1), (0, spare))
     return q, k, F.pad(v, (0, width + spare))
+
+
+def _weigh(v: Tensor, log_score: Tensor) -> Tensor:
+    return v * log_score.exp().to(v.dtype)[:, None, :, None]
 
 
 def attenuated_width(head_dim: int, itemsize: int, device: str) -> int:

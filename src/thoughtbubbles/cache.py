@@ -312,6 +312,13 @@ class StreamCache(Cache):
         return f"StreamCache(columns={self.get_seq_length()}, rows={self.batch_size}, budget={self.budget})"
 
 
+def one_cache(cache: StreamCache | None, past_key_values: StreamCache | None) -> StreamCache | None:
+    """The cache of a pass, under whichever of its two names it came."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values: expected one of the two, which are names of the same")
+    return past_key_values if cache is None else cache
+
+
 def _valid(lengths: list[int], values: Tensor) -> Tensor:
     """[B, S] bool: the entries before each row's end."""
     ends = torch.tensor(lengths, device=values.device)[:, None]

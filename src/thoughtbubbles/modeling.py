@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import ResidualProjection, StreamAttention, rotary_angles
 from .budget import Budget
-from .cache import AttentionMemory, Placement, StreamCache
+from .cache import AttentionMemory, Placement, StreamCache, one_cache
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .decoding import StreamGenerationMixin
@@ -148,7 +148,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         _refuse_unknown(kwargs)
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         cache = StreamCache() if use_cache and cache is None else cache
         given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
         if attention_mask is not None:
@@ -320,7 +320,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache=_one_cache(cache, past_key_values),
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             budget=budget,
             output_hidden_states=output_hidden_states,
@@ -352,13 +352,6 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
     return values if columns is None else columns.restore(values)
-
-
-def _one_cache(cache: StreamCache | None, past_key_values: StreamCache | None) -> StreamCache | None:
-    """The cache of a pass, under whichever of its two names it came."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values: expected one of the two, which are names of the same")
-    return past_key_values if cache is None else cache
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
