@@ -86,7 +86,7 @@ def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float, queries: slice, keys: slice) -> Tensor:
     """[B, H, r, e] softmaxed."""
     products = _product(q[:, :, queries], k[:, :, keys].mT)
-    scores: Tensor = torch.add(bias[:, None, None, keys], products, alpha=scale)
+    scores = torch.add(bias[:, None, None, keys], products, alpha=scale)
     size = queries.stop - queries.start
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     scores[..., queries].masked_fill_(later, -torch.inf)
@@ -95,4 +95,5 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float, queries: slice, k
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched matrix product over two leading dimensions, which need not be contiguous."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    product: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return product
