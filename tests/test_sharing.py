@@ -27,6 +27,7 @@ CODE = {
     f"{name}.py"
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
+        "blocked_attention",
         *("accounting", "controls", "sharing", "decoding"),
     )
 }
