@@ -102,6 +102,7 @@ class BubbleTrainer(Trainer):
         self._routing_step.fill_(step)
         if settings.training_budgets is not None:
             inputs = {**inputs, "budget": budget_of_step(settings.training_budgets, settings.seed, step)}
+        inputs = {**inputs, "return_logits": False}
         with self.forks.watching() if self._is_logged(step) else nullcontext():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._micro_losses.append(loss)
@@ -183,7 +184,7 @@ class BubbleTrainer(Trainer):
                 raise interrupted(self.stop, self.state.global_step)
             inputs = self._prepare_inputs(batch)
             with self.accelerator.autocast():
-                loss = model(**inputs, budget=budget, num_items_in_batch=1).loss
+                loss = model(**inputs, budget=budget, num_items_in_batch=1, return_logits=False).loss
             targets = inputs["labels"][:, 1:] != IGNORE_INDEX
             sums += torch.stack([loss.double(), targets.sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
