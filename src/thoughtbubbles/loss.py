@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from .streams import ColumnMap
 
 IGNORE_INDEX = -100
-LOGITS = 1 << 25
-"""About how many logits to hold at a time: 128 MiB in float32."""
+ROWS = 512
+"""Rows whose logits are held at a time: more leave a processor's cache, fewer add up the matrix's gradient too often."""
 
 
 def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
@@ -71,8 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_matrix = None
         if wanted and ctx.needs_input_grad[1]:
             grad_matrix = torch.zeros_like(unembedding, dtype=wide)
-        step = max(1, LOGITS // len(matrix))
-        for rows in (slice(first, first + step) for first in range(0, len(hidden), step)):
+        for rows in (slice(first, first + ROWS) for first in range(0, len(hidden), ROWS)):
             x, real = hidden[rows].to(dtype), targets[rows] != IGNORE_INDEX
             place = targets[rows].clamp(min=0)[:, None]
             logits = (x @ matrix.T).to(wide)
