@@ -14,7 +14,7 @@ from .streams import ColumnMap
 
 IGNORE_INDEX = -100
 ROWS = 512
-"""Rows whose logits are held at a time: more leave a processor's cache, fewer add up the matrix's gradient too often."""
+"""Rows of logits to hold at a time: more leave a processor's cache, fewer add up the matrix's gradient too often."""
 
 
 def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
