@@ -46,6 +46,7 @@ def process_bytes(
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
         casts=0,
+        loss=whole.loss,
         exchange=item * (rest + 2 * block) + item * (rest + block) + WIDE * block,
     )
 
