@@ -69,22 +69,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted and ctx.needs_input_grad[0] else None
         grad_matrix = None
-        if wanted and ctx.needs_input_grad[1]:
-            grad_matrix = torch.zeros_like(unembedding, dtype=wide)
         for rows in (slice(first, first + ROWS) for first in range(0, len(hidden), ROWS)):
             x, real = hidden[rows].to(dtype), targets[rows] != IGNORE_INDEX
             place = targets[rows].clamp(min=0)[:, None]
             logits = (x @ matrix.T).to(wide)
             log_sum = logits.logsumexp(1, keepdim=True)
             loss += (log_sum - logits.gather(1, place))[:, 0].where(real, 0).sum()
-            if grad_hidden is None and grad_matrix is None:
+            if not wanted:
                 continue
             weight = (real.to(wide) / count)[:, None]
             grad = logits.sub_(log_sum).exp_().mul_(weight).scatter_add_(1, place, -weight).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix
-            if grad_matrix is not None:
-                grad_matrix += grad.T @ x
+            if ctx.needs_input_grad[1]:
+                grad_matrix = _add_product(grad_matrix, grad.T, x)
         ctx.save_for_backward(grad_hidden, None if grad_matrix is None else grad_matrix.to(unembedding.dtype))
         return loss / count
 
@@ -93,3 +91,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_matrix = (each if each is None else each * grad_loss for each in ctx.saved_tensors)
         return grad_hidden, grad_matrix, None, None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in float32 or wider, in place where it can be: the matrices are as large as the unembedding."""
+    if total is None:
+        return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
