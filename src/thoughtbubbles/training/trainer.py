@@ -4,8 +4,9 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from thoughtbubbles.training.interruption import StopRequest, interrupted
 from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_memory
 from thoughtbubbles.training.recipe import Recipe
 from thoughtbubbles.training.rundata import RunData, Validation
+from thoughtbubbles.training.streaming import StreamedBlocks
 
 LOSS_SUM_NAME = "loss_sum.json"
 DIVERGED_NAME = "diverged.json"
@@ -61,6 +63,8 @@ class BubbleTrainer(Trainer):
         self.checkpoint = checkpoint
         self.start = 0 if checkpoint is None else checkpoint.step
         self.stop = stop
+        if isinstance(data.samples, StreamedBlocks) and checkpoint is not None:
+            data.samples.load(checkpoint.folder)
         self.meter = Meter(recipe, model.config, data.samples, arguments.per_device_train_batch_size)
         self.clock = Clock(self.meter.tokens(self.start))
         self.forks = ForkStatistics(model)
@@ -88,13 +92,20 @@ class BubbleTrainer(Trainer):
         loader: DataLoader[Any] = DataLoader(
             self.data.samples,  # type: ignore[arg-type]  # a map-style dataset by its methods
             batch_size=self._train_batch_size,
-            sampler=_From(self.start * self.recipe.training.batch_size, len(self.data.samples)),
+            sampler=_From(self.start * self.recipe.training.batch_size, len(self.data.samples), self._order()),
             collate_fn=self.data.collate,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that opening it draws nothing from the model's
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def _order(self) -> "Callable[[range], Iterator[int]]":
+        """The order in which the processes, taking turns, take samples."""
+        if not isinstance(self.data.samples, StreamedBlocks):
+            return iter
+        sharing = {"processes": self.args.world_size, "micro": self._train_batch_size}
+        return partial(self.data.samples.shared, batch=self.recipe.training.batch_size, **sharing)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A forward and backward pass, at the step's budget and draws, watched if its step will be logged."""
@@ -232,6 +243,9 @@ class BubbleTrainer(Trainer):
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
+            if isinstance(self.data.samples, StreamedBlocks):
+                samples = self.state.global_step * self.recipe.training.batch_size
+                self.data.samples.save(partial, samples, self.is_world_process_zero())
         finally:
             self.args.output_dir = folder
 
@@ -276,11 +290,11 @@ class BubbleTrainer(Trainer):
 class _From(Sampler[int]):
     """Samples from `first` on; its length counts those before too, as the Trainer counts its steps."""
 
-    def __init__(self, first: int, total: int) -> None:
-        self._first, self._total = first, total
+    def __init__(self, first: int, total: int, order: Callable[[range], Iterator[int]]) -> None:
+        self._first, self._total, self._order = first, total, order
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self._first, self._total))
+        return self._order(range(self._first, self._total))
 
     def __len__(self) -> int:
         return self._total
