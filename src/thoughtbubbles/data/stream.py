@@ -102,13 +102,18 @@ class LaneReader:
         """
         start = start or Spot(self._lane)
         packing = self._packing
-        documents = self._documents(start)
+        documents = self.documents(start)
         for block, spot, used in cut_blocks(
             documents, packing.separator, packing.dtype, packing.block_size, start.used
         ):
             yield block, replace(spot, used=used)
 
-    def _documents(self, start: Spot) -> Iterator[tuple[Spot, TokenArray]]:
+    def documents(self, start: Spot) -> Iterator[tuple[Spot, TokenArray]]:
+        """The documents from a place on, those held out left out, each with the place where it begins.
+
+        Raises:
+            DataError: as `blocks` does.
+        """
         visit, row, position, empty = start.visit, start.row, start.position, 0
         while empty < EMPTY_EPOCHS * self._parts * len(self._shards):
             shard, part = self._unit(visit)

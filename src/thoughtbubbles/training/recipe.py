@@ -29,6 +29,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 REPORTERS = ("tensorboard", "wandb")
 MODEL_SOURCES = ("preset", "pretrained")
 BLOCK_SOURCES = ("path", "mixture", "stream")
+ONE_SOURCE = "data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote, or `stream`"
 MOST_LANES = 16
 
 
@@ -384,13 +385,11 @@ def _parse_data(task: str, values: Mapping[str, Any]) -> DataSection | StreamSec
         return _check_fine_tuning(parse_section(FineTuningSection, "data", values))
     # null takes back what an extended recipe says.
     given = {name: value for name, value in values.items() if name not in BLOCK_SOURCES or value is not None}
-    if sum(name in given for name in BLOCK_SOURCES) != 1:
-        raise RecipeError(
-            "data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote, or `stream`"
-        )
-    if "stream" in given:
-        return _check_stream(parse_section(StreamSection, "data", given))
-    return _check_data(parse_section(DataSection, "data", given))
+    if "stream" not in given:
+        return _check_data(parse_section(DataSection, "data", given))
+    if {"path", "mixture"} & given.keys():
+        raise RecipeError(ONE_SOURCE)
+    return _check_stream(parse_section(StreamSection, "data", given))
 
 
 def _parse_model(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -470,6 +469,8 @@ def _budget(key: str, value: Any) -> Budget:
 
 
 def _check_data(data: DataSection) -> DataSection:
+    if (data.path is None) == (data.mixture is None):
+        raise RecipeError(ONE_SOURCE)
     if data.mixture is not None:
         _check_weights("mixture", data.mixture, "folders")
     check_counts("data", data, "eval_blocks", "final_eval_blocks")
