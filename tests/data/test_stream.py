@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.data.conftest import hub_folder, make_texts
 from thoughtbubbles.data import DataError, load_prepared, prepare, reading, resolve_source
 from thoughtbubbles.data.heldout import HeldOut
+from thoughtbubbles.data.hub import HubReader, HubSource
 from thoughtbubbles.data.mixture import ROUND
 from thoughtbubbles.data.packing import TokenArray
 from thoughtbubbles.data.reading import Documents, Position, Reader, Shards, open_shards
@@ -169,7 +170,7 @@ def test_every_lane_holds_the_weights(weights: list[float]) -> None:
 
 def read_shared(streams: Sequence[StreamMixture], start: int, stop: int, ahead: int) -> dict[int, list[int]]:
     """Samples, each read by one of several processes, which read a few more than they are to give."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for index in range(start, min(stop + ahead, len(streams[0]))):
         block = streams[index * 7 // 3 % len(streams)][index].tolist()
         if index < stop:
@@ -201,7 +202,8 @@ def test_any_number_of_processes_goes_on_from_any_sample(
 
     with closing(fresh()) as whole:
         expected = read_shared([whole], 0, length, 0)
-        place, record, found = 0, None, {}
+        place, record = 0, None
+        found: dict[int, list[int]] = {}
         for stop, count in zip([*sorted(stops), length], processes, strict=False):
             streams = [fresh() for _ in range(count)]
             for stream in streams:
@@ -237,9 +239,13 @@ def test_going_back_gives_the_same_blocks() -> None:
 def test_a_process_reads_only_the_lanes_that_it_needs() -> None:
     source, _ = numbered([[1]] * 8)
     opened: list[int] = []
-    open_shard = source.open
-    source.open = lambda number: (opened.append(number), open_shard(number))[1]  # type: ignore[method-assign]
-    with closing(mixture([source], [1], 4, 4, 1)) as stream:
+
+    class Watched(Memory):
+        def open(self, number: int) -> Reader:
+            opened.append(number)
+            return super().open(number)
+
+    with closing(mixture([Watched(source.shards)], [1], 4, 4, 1)) as stream:
         stream[1]
     # Two documents fill its block, and perhaps some of the next: of every fourth file.
     lane = [shard for shard, _ in (LaneReader(source, 0, 1, packing(4))._unit(visit) for visit in range(1, 64, 4))]
@@ -329,7 +335,7 @@ def test_validation_documents_are_left_out_of_the_stream(
 
 def test_a_document_that_only_begins_like_the_last_of_the_validation_stays() -> None:
     table = pa.table({"input_ids": pa.array([[0, 5, 6], [7, 0, 8]], pa.list_(pa.int32(), 3))})
-    blocks = SimpleNamespace(
+    blocks: Any = SimpleNamespace(
         validation=SimpleNamespace(data=table),
         manifest=SimpleNamespace(validation=SimpleNamespace(dropped_tokens=2)),
     )
@@ -365,10 +371,9 @@ def test_a_stream_goes_on_at_the_commit_that_it_began_with(tmp_path: Path, monke
     hub = hub_folder(tmp_path / "hub", {("x", "train", 0): ["1", "2"]}, "body")
     commits = iter(["old", "new"])
     asked: list[str | None] = []
-    load = reading.HubReader
 
-    class Spy(load):  # type: ignore[misc, valid-type]
-        def __init__(self, source: Any, progress: bool = False) -> None:
+    class Spy(HubReader):
+        def __init__(self, source: HubSource, progress: bool = False) -> None:
             asked.append(source.revision)
             super().__init__(source, progress)
 

@@ -259,6 +259,12 @@ class StreamMixture:
             again = "when it can be read again, the same command goes on from the last checkpoint"
             raise RunError(f"{error}; {again}") from error
 
+    def __getitems__(self, indices: Sequence[int]) -> list[TokenArray]:
+        """The blocks of several samples, whose lanes are read side by side."""
+        for source, lane, _ in map(self.place, indices):
+            self._track(source, lane)
+        return [self[index] for index in indices]
+
     def place(self, index: int) -> tuple[int, int, int]:
         """The source and the lane of a sample, and how many of theirs come before it."""
         if not 0 <= index < self._length:

@@ -37,7 +37,7 @@ class StreamedBlocks:
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """Several samples."""
-        return [self[index] for index in indices]
+        return [{"input_ids": _tensor(block)} for block in self._blocks.__getitems__(indices)]
 
     def describe(self, index: int) -> str:
         """The source, the lane and the block."""
