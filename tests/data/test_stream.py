@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import hub_folder, make_texts
 from thoughtbubbles.data import DataError, load_prepared, prepare, reading, resolve_source
+from thoughtbubbles.data import stream as stream_module
 from thoughtbubbles.data.heldout import HeldOut
 from thoughtbubbles.data.hub import HubReader, HubSource
 from thoughtbubbles.data.mixture import ROUND
@@ -365,6 +366,24 @@ def test_a_dataset_of_the_hub_is_read_by_its_files(tmp_path: Path, monkeypatch: 
     with closing(StreamMixture([open_shards(resolve_source(f"hf:{hub}"), "body")], [1], packing(2), 60)) as stream:
         stream.go_on(record)
         assert [stream[index].tolist() for index in range(25, 60)] == expected[25:]
+
+
+def test_the_number_of_threads_changes_nothing(
+    tmp_path: Path, files: tuple[str, list[str]], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[tuple[str, str, int], list[str | None]] = {
+        ("x", "train", part): [*make_texts(8, seed=part + 1)] for part in range(3)
+    }
+    names = [files[0], f"hf:{hub_folder(tmp_path / 'hub', parts, 'body')}"]
+    encoder = Encoder(load_tokenizer(tokenizer_folder), 1)
+    lanes = Packing(encoder, 0, np.dtype(np.uint16), 16, HeldOut([], 0), 0, 4, 8)
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(stream_module, "_threads", lambda threads=threads: threads)
+        sources = [open_shards(resolve_source(name), "body") for name in names]
+        with closing(StreamMixture(sources, [1, 1], lanes, 600)) as stream:
+            found.append([block.tolist() for block in stream.__getitems__(range(600))])
+    assert found[0] == found[1]
 
 
 def test_a_stream_goes_on_at_the_commit_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
