@@ -49,6 +49,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/overheads.py
 	$(BIN)/python benchmarks/decoding.py
 
 clean:
