@@ -13,10 +13,10 @@ from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.accounting import cache_bytes, count_parameters, layer_widths, training_flops
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.parallel import SHARDINGS
 from thoughtbubbles.plan_table import closing_lines, costs_table, title
 from thoughtbubbles.planning import Plan, make_plan, parse_bytes
 from thoughtbubbles.training.meter import Meter
+from thoughtbubbles.training.recipe import SHARDINGS
 from thoughtbubbles.training.run import RunSummary
 from thoughtbubbles.training.rundata import load_run_data
 

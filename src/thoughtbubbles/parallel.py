@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from thoughtbubbles.accounting import WIDE, StateBytes, item_bytes, parameter_counts, state_bytes
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-
-SHARDINGS = ("ddp", "fsdp")
+from thoughtbubbles.training.recipe import SHARDINGS
 
 
 def process_bytes(

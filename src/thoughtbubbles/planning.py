@@ -26,8 +26,9 @@ from thoughtbubbles.accounting import (
 from thoughtbubbles.budget import Budget, parse_budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.parallel import SHARDINGS, process_bytes
+from thoughtbubbles.parallel import process_bytes
 from thoughtbubbles.plan_job import Job, at_budget, read_job
+from thoughtbubbles.training.recipe import SHARDINGS
 
 DEFAULT_MFU = 0.4
 USABLE_MEMORY = 0.9

@@ -109,6 +109,8 @@ def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCall
         checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
         if checkpoint is not None:
             say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
+        if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
+            say("training.sharding=fsdp: one process holds everything", progress)
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config)
@@ -171,7 +173,8 @@ def check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
     """
     # Read as a recipe, so that a key that came into being since has its default.
     stored, ours = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(output / RECIPE_NAME), recipe))
-    ours["training"]["output"] = stored["training"]["output"]  # a run may be moved
+    for key in ("output", "sharding"):  # a run may be moved, and shared otherwise
+        ours["training"][key] = stored["training"][key]
     if changed := list(differences(stored, ours)):
         raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")
     if json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["data"] != data.identity:
