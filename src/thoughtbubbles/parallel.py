@@ -18,9 +18,10 @@ def process_bytes(
 
     With `ddp` every process holds everything, and buckets as large as the gradients, in which they are averaged. With
     `fsdp` (FSDP2, a group for each block and one for the rest) it holds its share of weights, gradients and moments,
-    and gathers in the precision of training: the rest for the whole step, a block while it is at work and the next one
-    while it arrives; beside them the gradients of both groups before they are shared out, a block's in float32 too.
-    The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps no copies.
+    and gathers the rest for the whole step, in float32, and in the precision of training a block while it is at work
+    and the next one while it arrives; beside them the gradients of both groups before they are shared out, a block's
+    in float32 too. The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps a copy of the
+    unembedding alone.
 
     Args:
         precision: float32 or bfloat16.
@@ -44,8 +45,8 @@ def process_bytes(
         weights=-(-whole.weights // processes),
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
-        casts=0,
-        exchange=item * (rest + 2 * block) + item * (rest + block) + WIDE * block,
+        casts=0 if item == WIDE else item * config.vocab_size * config.hidden_size,
+        exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )
 
 

@@ -275,7 +275,7 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """The Trainer's arguments.
 
     Raises:
-        RecipeError: if the processes cannot share the batch.
+        RecipeError: if the processes cannot share the batch, or would score benchmarks with a share of the model.
     """
     settings = recipe.training
     arguments = TrainingArguments(
@@ -314,6 +314,11 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     )
     # A process uses one device; torchrun starts more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if settings.eval_tasks is not None and settings.sharding == "fsdp" and arguments.world_size > 1:
+        raise RecipeError(
+            f"training.eval_tasks={settings.eval_tasks}: expected null with training.sharding=fsdp, where the process "
+            "that scores does not hold the model"
+        )
     micro, passes = check_batch(recipe, arguments.world_size)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
     arguments.gradient_accumulation_steps = passes

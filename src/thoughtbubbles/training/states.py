@@ -4,6 +4,7 @@ A divided run stores them in the folder `sharded` by torch.distributed.checkpoin
 processes reads them. A run that holds them whole stores what transformers does.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def load_sharded_moments(checkpoint: Path, model: nn.Module, optimizer: Optimize
 
 def _read(content: dict[str, Any], checkpoint: Path) -> None:
     """Fill tensors with what the checkpoint has of the same names."""
-    alone = not torch.distributed.is_initialized()
-    state_dict_loader.load(content, checkpoint_id=checkpoint / SHARDED_NAME, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read alone
+        state_dict_loader.load(content, checkpoint_id=checkpoint / SHARDED_NAME)
 
 
 def divide_whole_weights(checkpoint: Path, model: PreTrainedModel) -> None:
