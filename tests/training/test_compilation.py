@@ -98,13 +98,10 @@ def test_a_compiled_run_is_that_of_the_model(
     monkeypatch.setattr(trainer, "compile_model", partial(compile_model, backend=graphs))
     assert len(tiny_data.validation) % 4
     train(tiny_recipe(tmp_path, tiny_data.path, "training.compile=true"), progress=False)
-    found, expected = (
-        [
-            {name: value for name, value in row.items() if name not in MEASURED}
-            for row in read_metrics(run / "metrics.jsonl")
-        ]
-        for run in (tmp_path / "run", tiny_run)
-    )
+    found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "run", tiny_run))
+    for row in (*found, *expected):
+        for name in MEASURED:
+            row.pop(name, None)
     assert found == [pytest.approx(row, rel=1e-4) for row in expected]
     assert graphs.frame_count == 2
 

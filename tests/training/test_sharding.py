@@ -48,6 +48,7 @@ def test_what_the_recipe_says_is_in_effect() -> None:
     check_sharding(DistributedDataParallel(tiny_model()), "ddp", PROCESSES)
     for sharding in ("ddp", "fsdp"):
         check_sharding(tiny_model(), sharding, 1)
+        check_sharding(DistributedDataParallel(tiny_model()), sharding, 1)
 
 
 def test_what_the_recipe_says_is_not_in_effect() -> None:
@@ -57,8 +58,8 @@ def test_what_the_recipe_says_is_not_in_effect() -> None:
         (tiny_model(), "fsdp", PROCESSES, "a model that nothing shares"),
         (tiny_model(), "ddp", PROCESSES, "a model that nothing shares"),
         (copied, "fsdp", PROCESSES, "one that DDP copies to all of them"),
-        (copied, "ddp", 1, "one that DDP copies to all of them"),
         (divided(), "ddp", PROCESSES, divided_words),
+        (divided(), "fsdp", 1, "weights of which some are divided otherwise or not at all"),
         (half_divided(), "fsdp", PROCESSES, "weights of which some are divided otherwise or not at all"),
         (divided_over_two(), "fsdp", PROCESSES, "weights of which some are divided otherwise or not at all"),
     ):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tests.helpers import random_ids, tiny_model
 from thoughtbubbles import ThoughtbubblesForCausalLM
@@ -49,7 +50,7 @@ def test_a_run_that_divides_nothing_reads_what_divided_ones_store(tmp_path: Path
 def test_what_transformers_stores_finds_its_weight_by_the_order_of_the_optimizer(tmp_path: Path) -> None:
     model, optimizer = trained(3)
     other, others_optimizer = trained(0)
-    save_file(states.whole_weights(model), tmp_path / states.SAFE_WEIGHTS_NAME)
+    save_file(states.whole_weights(model), tmp_path / SAFE_WEIGHTS_NAME)
     torch.save(optimizer.state_dict(), tmp_path / states.OPTIMIZER_NAME)
     states.divide_whole_weights(tmp_path, other)
     states.divide_whole_moments(tmp_path, other, others_optimizer)

@@ -48,9 +48,10 @@ def check_sharding(model: nn.Module, sharding: str, processes: int) -> None:
     Raises:
         RunError: if it is not.
     """
-    expected = "whole" if processes == 1 else sharding
+    # A single process that torchrun started may be wrapped too, for an exchange with nobody.
+    expected = [sharding] if processes > 1 else ["whole", "ddp"]
     found = _sharding_of(model, processes)
-    if found != expected:
+    if found not in expected:
         words = {
             "whole": "a model that nothing shares",
             "ddp": "one that DDP copies to all of them",
@@ -58,7 +59,7 @@ def check_sharding(model: nn.Module, sharding: str, processes: int) -> None:
             "mixed": "weights of which some are divided otherwise or not at all",
         }
         raise RunError(
-            f"training.sharding={sharding} on {processes} process(es): expected {words[expected]}, found "
+            f"training.sharding={sharding} on {processes} process(es): expected {words[expected[0]]}, found "
             f"{words[found]}: not started"
         )
 
