@@ -23,6 +23,14 @@ from thoughtbubbles.training.recipe import SHARDINGS
 from thoughtbubbles.training.run import RunSummary, train
 from thoughtbubbles.training.states import is_sharded
 
+# Quicker than a compiler of code.
+GRAPHS_ALONE = """
+from functools import partial
+from thoughtbubbles import cli
+from thoughtbubbles.training import trainer
+trainer.compile_model = partial(trainer.compile_model, backend="aot_eager")
+cli.main()
+"""
 # As if torch had not divided the model.
 UNDIVIDED = """
 from thoughtbubbles import cli
@@ -53,6 +61,13 @@ def command(folder: Path, data: Path, processes: int, *overrides: str) -> list[s
     tiny_recipe(folder, data)
     local = [f"--nproc-per-node={processes}", "--standalone"]
     return [*local, "-m", "thoughtbubbles", "train", str(folder / "recipe.yaml"), *overrides]
+
+
+def with_script(folder: Path, script: str, arguments: list[str]) -> list[str]:
+    """The same with a script in the place of the package."""
+    path, place = folder / "script.py", arguments.index("-m")
+    path.write_text(script)
+    return [*arguments[:place], str(path), *arguments[place + 2 :]]
 
 
 def run(folder: Path, data: Path, processes: int, *overrides: str) -> str:
@@ -128,6 +143,16 @@ def test_gradients_that_accumulate_are_those_of_the_whole_batch(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_a_compiled_model(
+    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData, sharding: str
+) -> None:
+    overrides = ["training.compile=true", f"training.sharding={sharding}"]
+    torchrun(*with_script(tmp_path, GRAPHS_ALONE, command(tmp_path, tiny_data.path, 2, *overrides)))
+    assert_same_curve(tmp_path / "run", tiny_run)
+
+
+@pytest.mark.long
 def test_killing_one_of_two_processes_ends_the_run_which_then_goes_on(tmp_path: Path, tiny_data: PreparedData) -> None:
     longer = ["training.sharding=fsdp", "training.steps=40"]
     for name in ("whole", "killed"):
@@ -152,11 +177,8 @@ def test_killing_one_of_two_processes_ends_the_run_which_then_goes_on(tmp_path: 
 
 @pytest.mark.long
 def test_a_run_that_is_not_divided_as_the_recipe_says_does_not_start(tmp_path: Path, tiny_data: PreparedData) -> None:
-    script = tmp_path / "undivided.py"
-    script.write_text(UNDIVIDED)
     arguments = command(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
-    place = arguments.index("-m")
-    running = start(*arguments[:place], str(script), *arguments[place + 2 :])
+    running = start(*with_script(tmp_path, UNDIVIDED, arguments))
     _, error = running.communicate(timeout=300)
     assert running.returncode != 0
     assert "training.sharding=fsdp on 2 process(es): expected every weight divided by FSDP2, found a model" in error
@@ -167,6 +189,12 @@ def test_a_run_that_is_not_divided_as_the_recipe_says_does_not_start(tmp_path: P
 def test_a_batch_that_the_processes_cannot_share(tmp_path: Path, tiny_data: PreparedData) -> None:
     with pytest.raises(AssertionError, match="expected a multiple of the number of processes, 2"):
         run(tmp_path, tiny_data.path, 2, "training.batch_size=5")
+
+
+@pytest.mark.long
+def test_benchmarks_are_not_scored_with_a_share_of_the_model(tmp_path: Path, tiny_data: PreparedData) -> None:
+    with pytest.raises(AssertionError, match="expected null with training.sharding=fsdp"):
+        run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp", "training.eval_tasks=[gsm8k]")
 
 
 @pytest.mark.long
