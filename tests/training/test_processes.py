@@ -193,7 +193,7 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path: Path, tiny_data: Prep
 
 @pytest.mark.long
 def test_benchmarks_are_not_scored_with_a_share_of_the_model(tmp_path: Path, tiny_data: PreparedData) -> None:
-    with pytest.raises(AssertionError, match="expected null with training.sharding=fsdp"):
+    with pytest.raises(AssertionError, match=r"expected null with training\.sharding=fsdp"):
         run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp", "training.eval_tasks=[gsm8k]")
 
 

@@ -10,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tests.helpers import random_ids, tiny_model
 from thoughtbubbles import ThoughtbubblesForCausalLM
+from thoughtbubbles.errors import RunError
 from thoughtbubbles.training import states
 
 
@@ -45,6 +46,20 @@ def test_a_run_that_divides_nothing_reads_what_divided_ones_store(tmp_path: Path
     torch.testing.assert_close(moments(other, others_optimizer), expected, rtol=0, atol=0)
     assert all(state["step"] == 3 and state["exp_avg_sq"].abs().max() > 0 for state in expected.values())
     assert [group["lr"] for group in others_optimizer.param_groups] == [1e-2, 1e-2]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_cannot_be_written_or_read_is_one_line(tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / states.SHARDED_NAME).touch()
+    with pytest.raises(RunError, match=r"^checkpoint .*taken: .+exists"):
+        states.save_sharded(tmp_path / "taken", model, optimizer)
+    states.save_sharded(tmp_path, model, optimizer)
+    for part in (tmp_path / states.SHARDED_NAME).glob("*.distcp"):
+        part.unlink()
+    with pytest.raises(RunError, match=r"^checkpoint .*: .+No such file"):
+        states.load_sharded_weights(tmp_path, model)
 
 
 def test_what_transformers_stores_finds_its_weight_by_the_order_of_the_optimizer(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ processes reads them. A run that holds them whole stores what transformers does.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from thoughtbubbles.errors import RunError, one_line
 
 SHARDED_NAME = "sharded"
 OPTIMIZER_NAME = "optimizer.pt"
@@ -34,9 +39,14 @@ def is_sharded(checkpoint: Path) -> bool:
 
 
 def save_sharded(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    """Write what this process holds of weights and moments; all processes must, each its share."""
+    """Write what this process holds of weights and moments; all processes must, each its share.
+
+    Raises:
+        RunError: on all of them, if one cannot.
+    """
     content = {"model": _weights(model), "optimizer": _moments(model, optimizer)}
-    state_dict_saver.save(content, checkpoint_id=checkpoint / SHARDED_NAME)
+    with _failures_said(checkpoint):
+        state_dict_saver.save(content, checkpoint_id=checkpoint / SHARDED_NAME)
 
 
 def load_sharded_weights(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -55,9 +65,19 @@ def load_sharded_moments(checkpoint: Path, model: nn.Module, optimizer: Optimize
 
 def _read(content: dict[str, Any], checkpoint: Path) -> None:
     """Fill tensors with what the checkpoint has of the same names."""
-    with warnings.catch_warnings():
+    with _failures_said(checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read alone
         state_dict_loader.load(content, checkpoint_id=checkpoint / SHARDED_NAME)
+
+
+@contextmanager
+def _failures_said(checkpoint: Path) -> Iterator[None]:
+    """What torch raises of the processes that failed is no `Exception`, and holds their traces."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise RunError(f"checkpoint {checkpoint}: {one_line(cause)}") from error
 
 
 def divide_whole_weights(checkpoint: Path, model: PreTrainedModel) -> None:
