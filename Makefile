@@ -48,6 +48,8 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/overheads.py
 	$(BIN)/python benchmarks/decoding.py
 
 clean:

@@ -1,115 +1,246 @@
-"""Speed of a training step, forward and backward with the optimizer, as ratios to the dense model in one run.
+"""Speed of a training step, forward and backward with the optimizer, and where its time goes; as ratios in one run.
 
-The baselines are the dense model of the same length, and the dense model with as many positions in every layer as
-the Thoughtbubbles model has in its widest: what is left over that is gate, routing, gather and merge.
+The baselines are the dense model of the same length, transformers' GPT-NeoX class of the same shape, and for each
+budget the dense model whose blocks compute as many positions as the Thoughtbubbles model's: what is left over that is
+gate, routing, gather and merge. The share of the machine's peak is that of the fastest matrix product found.
 
-The last line is JSON: the settings, the machine and for each variant tokens per second and the median step in
-milliseconds.
+The last line is JSON: the settings, the machine, the peak, and for each variant tokens per second, the median step in
+milliseconds, the share of the peak and, where parts are timed, the milliseconds of each part by itself.
 """
 
 import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from parts import part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.accounting import layer_widths, training_flops
+from thoughtbubbles.accounting import dense_twin, layer_widths, training_flops
+from thoughtbubbles.attention import rotary_angles
+from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
 from thoughtbubbles.machine import describe_machine
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model to time.
-
-    Attributes:
-        name: in the output.
-        routing: of the model.
-        budget: streams per token.
-        widened: dense over as many positions as the streams of the budget.
-    """
-
-    name: str
-    routing: str
-    budget: float = 1.0
-    widened: bool = False
-
-
-VARIANTS = (
-    Variant("dense", "none"),
-    Variant("budget 1", "causal", 1.0),
-    Variant("causal 2", "causal", 2.0),
-    Variant("topk 2", "topk", 2.0),
-    Variant("dense, as wide as 2", "none", 2.0, widened=True),
-)
+from thoughtbubbles.streams import Streams
+from thoughtbubbles.training.meter import peak_memory
 
 
 def main() -> None:
     """Time every variant in turn, round by round, so that a drifting machine touches all alike."""
     arguments = parse_arguments()
-    steps = {variant: Step(variant, arguments) for variant in VARIANTS}
+    steps = make_steps(arguments)
+    peak = matmul_peak(arguments)
     for step in steps.values():
         step.run()
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(arguments.rounds):
-        for variant, step in steps.items():
-            seconds[variant].append(step.run())
-    dense = statistics.median(seconds[VARIANTS[0]])
+        for name, step in steps.items():
+            seconds[name].append(step.run())
+    dense = statistics.median(seconds["dense"])
     rows = {}
-    for variant, step in steps.items():
-        median = statistics.median(seconds[variant])
-        rows[variant.name] = {
+    for name, step in steps.items():
+        median = statistics.median(seconds[name])
+        rows[name] = {
             "milliseconds": 1000 * median,
-            "spread": [1000 * min(seconds[variant]), 1000 * max(seconds[variant])],
+            "spread": [1000 * min(seconds[name]), 1000 * max(seconds[name])],
             "tokens_per_second": arguments.batch_size * arguments.length / median,
             "flops_per_second": step.flops / median,
+            "share_of_peak": step.flops / median / peak,
             "times_dense": median / dense,
         }
-        print(f"{variant.name:<22}{1000 * median:>9.1f} ms {median / dense:>6.2f} x dense")
-    print(json.dumps({"settings": vars(arguments), "machine": describe_machine(arguments.device), "variants": rows}))
+        if step.twin is not None:
+            rows[name]["times_same_positions"] = median / statistics.median(seconds[step.twin])
+            rows[name]["parts"] = timed_parts(step, median, arguments)
+        share = step.flops / median / peak
+        print(f"{name:<32}{1000 * median:>9.1f} ms {median / dense:>6.2f} x dense {share:>6.0%} of peak")
+    result = {
+        "settings": vars(arguments),
+        "machine": describe_machine(arguments.device),
+        "matmul_peak": peak,
+        "peak_memory": peak_memory(torch.device(arguments.device)),
+        "variants": rows,
+    }
+    print(json.dumps(result))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="micro", help="shape of the models")
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--batch-size", type=int, default=4, help="rows a step")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2.0, 4.0], help="of causal and topk")
+    parser.add_argument("--vocab-size", type=int, default=50257)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--only", nargs="+", help="names of variants; dense is always there")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument("--peak", type=float, help="FLOP/s of the device; by default that of the fastest product found")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 class Step:
-    """A training step of a variant on random tokens."""
+    """A training step on random tokens.
 
-    def __init__(self, variant: Variant, arguments: argparse.Namespace) -> None:
-        config = ThoughtbubblesConfig.preset(arguments.preset, routing=variant.routing, budget=variant.budget)
-        length = arguments.length
-        if variant.widened:
-            wide = ThoughtbubblesConfig.preset(arguments.preset, budget=variant.budget)
-            length = max(layer_widths(wide, length))
-        torch.manual_seed(0)
-        self.device = arguments.device
-        self.model = ThoughtbubblesForCausalLM(config).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.ids = torch.randint(config.vocab_size, (arguments.batch_size, length), device=self.device)
-        self.flops = arguments.batch_size * training_flops(config, length)
+    Attributes:
+        model: what is trained.
+        flops: of a step, by accounting.
+        twin: name of the dense variant with as many positions in each block; None for the dense ones.
+    """
+
+    def __init__(self, model: nn.Module, flops: int, arguments: argparse.Namespace, twin: str | None = None) -> None:
+        self.model, self.flops, self.twin = model.to(arguments.device).train(), flops, twin
+        self._call: Callable[..., Any] = torch.compile(self.model) if arguments.compile else self.model
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        size = (arguments.batch_size, arguments.length)
+        self._ids = torch.randint(arguments.vocab_size, size, device=arguments.device)
+        self._autocast = autocast(arguments)
+        self._device = arguments.device
 
     def run(self) -> float:
         """One step; its seconds."""
-        start = self._now()
-        self.model(self.ids, labels=self.ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self._now() - start
+        start = now(self._device)
+        with self._autocast:
+            loss = self._call(self._ids, labels=self._ids)[0]
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return now(self._device) - start
 
-    def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+class SamePositions(nn.Module):
+    """A dense model whose blocks compute as many positions as those of a Thoughtbubbles model of `config`.
+
+    Where that model forks, positions are repeated at the right end; at the end they are cut off.
+    """
+
+    def __init__(self, config: ThoughtbubblesConfig, length: int) -> None:
+        super().__init__()
+        self.dense = ThoughtbubblesForCausalLM(dense_twin(config))
+        self.widths = layer_widths(config, length)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor]:
+        """The loss of [B, T] ids, which means nothing."""
+        body, length = self.dense.model, ids.shape[1]
+        x, angles = body.embed_tokens(ids), None
+        for block, width in zip(body.layers, self.widths, strict=True):
+            if angles is None or width > x.shape[1]:
+                x = torch.cat([x, x[:, : width - x.shape[1]]], dim=1)
+                angles = rotary_angles(
+                    Streams.from_embeddings(x).positions(), body.config.head_dim, body.config.rope_theta
+                )
+            x = block(x, *angles, None, None)
+        targets = next_token_targets(labels, None)
+        return (chunked_next_token_loss(body.norm(x[:, :length]), self.dense.lm_head.weight, targets),)
+
+
+class LossAlone(nn.Module):
+    """A model of ours as its Trainer calls it."""
+
+    def __init__(self, model: ThoughtbubblesForCausalLM) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor]:
+        """The loss of [B, T] ids."""
+        return (self.inner(ids, labels=labels, return_logits=False).loss,)
+
+
+def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
+    """The variants by name, dense first."""
+    torch.manual_seed(0)
+
+    def config(routing: str, budget: float = 1.0) -> ThoughtbubblesConfig:
+        return ThoughtbubblesConfig.preset(
+            arguments.preset,
+            routing=routing,
+            budget=budget,
+            vocab_size=arguments.vocab_size,
+            max_position_embeddings=arguments.length,
+        )
+
+    def flops(shape: ThoughtbubblesConfig) -> int:
+        return int(arguments.batch_size) * training_flops(shape, arguments.length)
+
+    def ours(shape: ThoughtbubblesConfig, twin: str | None = None) -> Callable[[], Step]:
+        return lambda: Step(LossAlone(ThoughtbubblesForCausalLM(shape)), flops(shape), arguments, twin)
+
+    def same_positions(shape: ThoughtbubblesConfig) -> Callable[[], Step]:
+        return lambda: Step(SamePositions(shape, arguments.length), flops(shape), arguments)
+
+    makers = {"dense": ours(config("none")), "budget 1": ours(config("causal"), "dense")}
+    makers["GPT-NeoX"] = lambda: Step(neox(config("none")), flops(config("none")), arguments)
+    for budget in arguments.budgets:
+        for routing in ("causal", "topk"):
+            twin = f"dense, positions of {routing} {budget:g}"
+            makers[f"{routing} {budget:g}"] = ours(config(routing, budget), twin)
+            makers[twin] = same_positions(config(routing, budget))
+    wanted = {"dense", *(arguments.only or makers)}
+    if unknown := wanted - makers.keys():
+        raise SystemExit(f"--only {', '.join(unknown)}: expected some of {', '.join(makers)}")
+    made = {name: make() for name, make in makers.items() if name in wanted}
+    for step in made.values():
+        step.twin = step.twin if step.twin in made else None
+    return made
+
+
+def neox(shape: ThoughtbubblesConfig) -> GPTNeoXForCausalLM:
+    """transformers' dense decoder of the same shape."""
+    config = GPTNeoXConfig(  # type: ignore[call-arg]  # the share of turned channels is not among its typed fields
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        intermediate_size=shape.intermediate_size or 4 * shape.hidden_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        rotary_pct=1.0,
+        use_parallel_residual=False,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def timed_parts(step: Step, whole: float, arguments: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of each part by itself, forward and backward, and their share of the step of `whole` seconds."""
+    assert isinstance(step.model, LossAlone)
+    size = (arguments.batch_size, arguments.length)
+    found = part_seconds(step.model.inner, *size, autocast(arguments), lambda: now(arguments.device))
+    shares = ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in found.items())
+    print(f"  {shares}, rest {1 - sum(found.values()) / whole:.1%}")
+    return {name: 1000 * seconds for name, seconds in found.items()}
+
+
+def matmul_peak(arguments: argparse.Namespace) -> float:
+    """FLOP/s of the fastest of some square products in the precision of training, or what --peak says."""
+    if arguments.peak is not None:
+        return float(arguments.peak)
+    best = 0.0
+    for size in (1024, 2048, 4096):
+        a = torch.randn(size, size, device=arguments.device, dtype=getattr(torch, arguments.precision))
+        for _ in range(4):
+            start = now(arguments.device)
+            a @ a
+            best = max(best, 2 * size**3 / (now(arguments.device) - start))
+    return best
+
+
+def autocast(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """As in training in the precision asked for."""
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bfloat16")
+
+
+def now(device: str) -> float:
+    """Seconds, when the device has done its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Write the tables of docs/results.md from the JSON in docs/results.
+"""Write the tables of docs/results.md, and the main one of README.md, from the JSON in docs/results.
 
-Each table stands between <!-- NAME --> and <!-- /NAME -->; everything else in the page is left as it is.
+Each table stands between <!-- NAME --> and <!-- /NAME -->; everything else in the pages is left as it is.
 """
 
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.evaluation.report import Row, table_of
 
 PAGE = Path("docs/results.md")
+README = Path("README.md")
 DATA = Path("docs/results")
+MAIN = "compare-books"
+MAIN_COLUMNS = ("training tokens", "seeds", "training FLOPs", "perplexity", "at test budget 1", "loss minus dense's")
 
 
 def main() -> None:
@@ -22,18 +26,24 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(DATA.glob("decoding-*.json")):
         text = fill(text, path.stem, decoding_table(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(DATA.glob("training-*.json")):
+        text = fill(text, path.stem, training_table(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(DATA.glob("routing-*.json")):
+        text = fill(text, path.stem, routing_tables(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(DATA.glob("compare-*.json")):
         text = fill(text, path.stem, comparison_tables(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(DATA.glob("evaluation-*.json")):
         text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
     PAGE.write_text(text, encoding="utf-8")
+    main_table = comparison_extract(json.loads((DATA / f"{MAIN}.json").read_text(encoding="utf-8")), MAIN_COLUMNS)
+    README.write_text(fill(README.read_text(encoding="utf-8"), MAIN, main_table), encoding="utf-8")
 
 
 def fill(text: str, name: str, table: str) -> str:
     """`text` with `table` between the marks of `name`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"{PAGE}: expected the marks <!-- {name} --> and <!-- /{name} -->")
+        raise SystemExit(f"expected the marks <!-- {name} --> and <!-- /{name} --> in {PAGE} or {README}")
     return pattern.sub(lambda match: f"{match[1]}{table}{match[2]}", text)
 
 
@@ -59,6 +69,81 @@ def decoding_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def training_table(result: dict[str, Any]) -> str:
+    """A row for each variant of benchmarks/training.py."""
+    parts = ("gate", "routing", "gather", "merge")
+    rows = []
+    for name, row in result["variants"].items():
+        ours = sum(row["parts"].get(part, 0.0) for part in parts) / row["milliseconds"] if "parts" in row else None
+        rows.append(
+            [
+                name,
+                f"{row['milliseconds']:,.0f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['times_dense']:.2f}",
+                f"{row['times_same_positions']:.2f}" if "times_same_positions" in row else "",
+                "" if ours is None or name == "dense" else f"{ours:.1%}",
+                f"{row['share_of_peak']:.0%}",
+            ]
+        )
+    columns = [
+        "variant",
+        "ms a step",
+        "tokens/s",
+        "/ dense",
+        "/ dense, same positions",
+        ", ".join(parts),
+        "of the peak",
+    ]
+    settings = result["settings"]
+    precision = settings["precision"] + (", compiled" if settings["compile"] else "")
+    facts = (
+        f"Preset {settings['preset']}, vocabulary {settings['vocab_size']:,}, {settings['batch_size']} rows of "
+        f"{settings['length']} tokens, {precision}; medians of {settings['rounds']} steps. "
+        f"Peak {result['matmul_peak'] / 1e9:,.0f} GFLOP/s. {_made(result['machine'])}."
+    )
+    return f"{markdown_table(Table('', columns, rows))}\n\n{facts}\n"
+
+
+def routing_tables(result: dict[str, Any]) -> str:
+    """Routing beside a block at each length, and attention's memory at each width, of benchmarks/routing.py."""
+    columns = ["router", "budget", "tokens", "routing, ms", "a block, ms", "routing / block"]
+    rows = [
+        [
+            row["router"],
+            row["budget"],
+            f"{row['length']:,}",
+            f"{row['routing_milliseconds']:.2f}",
+            f"{row['block_milliseconds']:.1f}",
+            f"{row['routing_milliseconds'] / row['block_milliseconds']:.1%}",
+        ]
+        for row in result["routing"]
+    ]
+    memory = [
+        [f"{row['streams']:,}", f"{row['bytes'] / 1e6:.0f}", f"{row['bytes'] / row['streams'] / 1000:.1f}"]
+        for row in result["memory"]
+    ]
+    settings = result["settings"]
+    facts = (
+        f"Routing: forward of {settings['batch_size']} rows, preset {settings['preset']}, medians of "
+        f"{settings['rounds']}. Memory: {settings['precision']}, one row, 12 heads of 64. {_made(result['machine'])}."
+    )
+    return "\n\n".join(
+        [
+            markdown_table(Table("", columns, rows)),
+            markdown_table(Table("", ["streams", "memory of attention, MB", "kB a stream"], memory)),
+            f"{facts}\n",
+        ]
+    )
+
+
+def _made(machine: dict[str, str]) -> str:
+    return (
+        f"Commit {machine['commit']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"transformers {machine['transformers']}"
+    )
+
+
 def comparison_tables(result: dict[str, Any]) -> str:
     """The tables of the report.json of a comparison, and what they were made on."""
     parts = list(result["status"])
@@ -70,6 +155,16 @@ def comparison_tables(result: dict[str, Any]) -> str:
         )
         parts.append(f"Runs made at {made}, transformers {facts['transformers']}.")
     return "\n\n".join(parts) + "\n"
+
+
+def comparison_extract(result: dict[str, Any], columns: Sequence[str]) -> str:
+    """Some columns of all tables of a comparison's variants, in one."""
+    found: dict[str, list[str]] = {}
+    for each in (Table(**content) for content in result["tables"][:2]):
+        names = [row[0] for row in each.rows]
+        found |= {column: [row[place] for row in each.rows] for place, column in enumerate(each.columns)}
+    rows = [[name, *(found[column][line] for column in columns)] for line, name in enumerate(names)]
+    return markdown_table(Table(result["title"], ["variant", *columns], rows)) + "\n"
 
 
 def evaluation_table(result: dict[str, Any]) -> str:

@@ -194,7 +194,7 @@ def test_bytes_of_training_state() -> None:
     assert state.gradients == sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
     moments = [value for kept in optimizer.state.values() for value in kept.values() if value.dim()]
     assert state.optimizer == sum(moment.nbytes for moment in moments)
-    assert state.total == state.weights + state.gradients + state.optimizer
+    assert state.total == state.weights + state.gradients + state.optimizer + state.loss
 
 
 class Held:
@@ -224,7 +224,7 @@ def saved_bytes(config: ThoughtbubblesConfig, rows: int, length: int, precision:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        loss = model(ids, labels=ids).loss
+        loss = model(ids, labels=ids, return_logits=False).loss
     storages = [held.tensor.untyped_storage() for held in kept]
     assert loss.requires_grad
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}.values())
@@ -260,9 +260,17 @@ class Case:
     ids=lambda case: f"D{case.hidden_size}",
 )
 def test_activations_are_what_autograd_saves(
-    case: Case, routing: str, budget: float, attenuation: str, merge: str, precision: str, checkpointing: bool
+    case: Case,
+    routing: str,
+    budget: float,
+    attenuation: str,
+    merge: str,
+    precision: str,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within 3 % under, 1 % over: what is left out, masks and indices, weighs the more the narrower the streams are."""
+    monkeypatch.setattr("thoughtbubbles.attention.suits", lambda q: False)  # the fused kernels that are counted
     config = ThoughtbubblesConfig(
         vocab_size=case.vocab_size,
         hidden_size=case.hidden_size,
@@ -280,6 +288,8 @@ def test_activations_are_what_autograd_saves(
         config, case.length, precision=precision, gradient_checkpointing=checkpointing, device="cpu"
     )
     expected = case.rows * each.saved + state_bytes(config, precision, checkpointing).casts
+    if merge != "probability":
+        expected += case.vocab_size * case.hidden_size * 4
     assert 0.97 * found < expected < 1.01 * found
 
 
@@ -287,7 +297,7 @@ def test_checkpointing_trades_activations_for_a_block() -> None:
     config = ThoughtbubblesConfig.preset("150m")
     kept, recomputed = (activation_bytes(config, 1024, gradient_checkpointing=flag) for flag in (False, True))
     assert recomputed.blocks < kept.blocks / 8
-    assert recomputed.logits == kept.logits == 1024 * 50257 * 4
+    assert recomputed.loss == kept.loss == 1024 * 768 * 4
     small = ThoughtbubblesConfig(**{**SHAPE, "vocab_size": 8})
     passing = [activation_bytes(small, 64, gradient_checkpointing=flag).passing for flag in (False, True)]
     assert passing[0] < passing[1] < activation_bytes(small, 64).blocks

@@ -495,6 +495,27 @@ def test_logits_to_keep(padding: str, merge: str) -> None:
     assert torch.equal(model(ids, attention_mask=mask, logits_to_keep=index).logits, logits[:, index])
 
 
+@pytest.mark.parametrize("fields", [{}, {"merge": "root"}, {"merge": "probability"}, {"routing": "none"}], ids=str)
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_the_loss_without_logits(padding: str, fields: dict[str, Any]) -> None:
+    model, ids = tiny_model(**fields).double(), random_ids(2, 9)
+    arguments: dict[str, Any] = {"labels": ids, "attention_mask": padding_mask(padding, 2, 9)}
+    for more in ({}, {"num_items_in_batch": 3}):
+        whole, alone = model(ids, **arguments, **more), model(ids, **arguments, **more, return_logits=False)
+        assert alone.logits is None
+        torch.testing.assert_close(alone.loss, whole.loss, rtol=1e-12, atol=0)
+        parameters = list(model.parameters())
+        for ours, theirs in zip(
+            *(torch.autograd.grad(out.loss, parameters, allow_unused=True) for out in (alone, whole)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_to_return() -> None:
+    with pytest.raises(ValueError, match="return_logits=False: expected labels"):
+        tiny_model()(random_ids(1, 5), return_logits=False)
+
+
 def test_labels_need_all_logits() -> None:
     ids = random_ids(1, 5)
     for keep in (2, torch.tensor([1])):

@@ -9,11 +9,14 @@ from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.accounting import count_parameters, dense_twin
 from thoughtbubbles.comparison.recipe import Comparison, load_comparison
 from thoughtbubbles.comparison.runs import variant_sections
+from thoughtbubbles.data import load_preparation, resolve_source
 from thoughtbubbles.planning import make_plan
 from thoughtbubbles.training.recipe import (
     DataSection,
     FineTuningSection,
     Recipe,
+    StreamSection,
+    differences,
     load_recipe,
     model_config,
     parse_recipe,
@@ -22,6 +25,7 @@ from thoughtbubbles.training.recipe import (
 FOLDER = Path(__file__).parents[1] / "recipes" / "paper"
 BLOCK = 512
 SIZES = {"150m": 152_016_384, "319m": 316_001_280, "530m": 530_137_088, "772m": 772_738_560}
+PES2O = "hf:json?data_files=hf://datasets/allenai/peS2o/data/v2/train-*.json.gz&field=text"
 CORPORA = {"openwebtext": "runs/openwebtext", "pes2o": "runs/pes2o"}
 VARIANTS = {
     "dense": ("none", None),
@@ -32,7 +36,7 @@ VARIANTS = {
     "causal-2": ("causal", 2),
     "causal-4": ("causal", 4),
 }
-SINGLE = ("1.9b", "midtraining", "gsm8k")
+SINGLE = ("1.9b", "1.9b-streamed", "midtraining", "gsm8k")
 COMPARISONS = [f"{size}-{corpus}" for size in SIZES for corpus in CORPORA]
 
 
@@ -93,6 +97,22 @@ def test_the_largest() -> None:
     assert (settings.warmup_fraction, settings.decay_fraction) == (0.005, 0.01)
 
 
+def test_the_largest_streamed_is_the_same_run_on_other_ways_to_its_data() -> None:
+    streamed, prepared = single("1.9b-streamed"), single("1.9b")
+    assert isinstance(streamed.data, StreamSection)
+    assert isinstance(prepared.data, DataSection)
+    assert list(differences(prepared.to_dict()["training"], streamed.to_dict()["training"])) == [
+        "output: runs/paper/1.9b is now runs/paper/1.9b-streamed"
+    ]
+    assert streamed.model == prepared.model
+    sources = {"fineweb": "hf:HuggingFaceFW/fineweb?config=sample-100BT&field=text", "pes2o": PES2O}
+    assert streamed.data.stream == {sources["fineweb"]: 0.7, sources["pes2o"]: 0.3}
+    for name, corpus in zip(streamed.data.stream, sources, strict=True):
+        source = load_preparation(FOLDER.parent / "data" / f"{corpus}.yaml")["sources"][0]
+        assert resolve_source(name) == resolve_source(source)
+    assert all(streamed.data.lanes % gpus == 0 for gpus in (8, 16, 32))
+
+
 def test_midtraining_goes_on_from_the_largest() -> None:
     recipe = single("midtraining")
     settings = recipe.training
@@ -119,9 +139,9 @@ def test_fine_tuning_goes_on_from_midtraining() -> None:
     assert "{question}" in recipe.data.prompt
 
 
-@pytest.mark.parametrize("name", [*COMPARISONS, "1.9b"])
+@pytest.mark.parametrize("name", [*COMPARISONS, "1.9b", "1.9b-streamed"])
 def test_what_a_recipe_holds_at_a_time_fits_80_gb(name: str) -> None:
-    single_run = name == "1.9b"
+    single_run = name in SINGLE
     for variant in [None] if single_run else list(VARIANTS):
         path, gpus = str(FOLDER / f"{name}.yaml"), 8 if single_run else 1
         plan = make_plan(path, memory="80GB", gpus=gpus, variant=variant)
@@ -145,6 +165,9 @@ def test_every_folder_that_is_read_is_prepared_by_a_command_in_a_comment() -> No
         data = single(name).data
         assert isinstance(data, DataSection)
         read |= set(data.mixture or {})
+    streamed = single("1.9b-streamed").data
+    assert isinstance(streamed, StreamSection)
+    read |= set(streamed.validation)
     assert read == set(prepared)
 
 

@@ -44,7 +44,7 @@ def test_a_preset(length: int | None) -> None:
 
 def test_the_memory_adds_up() -> None:
     memory = make_plan("mini").model.memory
-    parts = (memory.weights, memory.gradients, memory.optimizer, memory.casts, memory.activations, memory.passing)
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.casts, memory.loss, memory.activations)
     assert memory.total == sum(parts)
     assert min(parts) > 0
     assert memory.exchange == 0
@@ -171,7 +171,7 @@ def test_each_gpu_of_fsdp_holds_its_share() -> None:
     assert fsdp.optimizer == pytest.approx(ddp.optimizer / 8, rel=1e-6)
     assert (fsdp.activations, fsdp.passing) == (ddp.activations, ddp.passing)
     assert ddp.exchange == ddp.gradients > fsdp.exchange > 0
-    parts = (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.casts, fsdp.exchange, fsdp.activations, fsdp.passing)
+    parts = (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.casts, fsdp.loss, fsdp.exchange, fsdp.activations)
     assert fsdp.total == sum(parts)
 
 

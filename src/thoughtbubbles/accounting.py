@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from .attention import attenuated_width
 from .budget import Budget
 from .configuration import ThoughtbubblesConfig
+from .loss import ROWS
 from .routing import width_after_routing
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -61,6 +62,8 @@ class StateBytes(_Amounts):
         gradients: float32.
         optimizer: the two moments of AdamW, float32.
         casts: the bfloat16 copies of the matrices that autocast keeps until the backward pass; 0 in float32.
+        loss: the unembedding's gradient, float32, which is formed in the forward pass, its bfloat16 copy and the logits
+            of the rows that are at work; 0 with the merge `probability`, whose logits count as activations.
         exchange: what the exchange with other processes takes; 0 on one.
     """
 
@@ -68,6 +71,7 @@ class StateBytes(_Amounts):
     gradients: int
     optimizer: int
     casts: int
+    loss: int
     exchange: int = 0
 
 
@@ -79,15 +83,16 @@ class ActivationBytes(_Amounts):
         blocks: what autograd saves in the blocks; with gradient checkpointing their inputs alone.
         gates: what it saves in the gates.
         head: the same from the last block to the unembedding.
-        logits: the same in the loss, float32 whatever the precision: with a big vocabulary the largest part.
-        passing: held beside these for a while at the peak: the logits and their gradients, or a block that gradient
-            checkpointing computes again.
+        loss: the gradient that the loss hands back; with the merge `probability` what autograd saves of the logits,
+            float32 whatever the precision.
+        passing: held beside these for a while at the peak: a block that gradient checkpointing computes again, or
+            with the merge `probability` the logits and their gradients.
     """
 
     blocks: int
     gates: int
     head: int
-    logits: int
+    loss: int
     passing: int
 
     @property
@@ -232,11 +237,16 @@ def state_bytes(
     """
     parameters, item = count_parameters(config), item_bytes(precision)
     blocks = 0 if gradient_checkpointing else config.num_hidden_layers * _block_matrix(config)
+    unembedding = config.vocab_size * config.hidden_size
+    chunked = config.merge != "probability"
+    kept = blocks + (0 if chunked else unembedding)
+    narrow = 0 if item == WIDE else item
     return StateBytes(
         weights=WIDE * parameters,
         gradients=WIDE * parameters,
         optimizer=2 * WIDE * parameters,
-        casts=0 if item == WIDE else item * (blocks + config.vocab_size * config.hidden_size),
+        casts=narrow * kept,
+        loss=(WIDE + narrow) * (unembedding + ROWS * config.vocab_size) if chunked else 0,
     )
 
 
@@ -251,7 +261,8 @@ def activation_bytes(
     """Bytes that a training step keeps for the backward pass, for each row of `length` tokens.
 
     What autograd saves is counted tensor by tensor. It holds for fused attention, whose memory is linear in N, for
-    activations that save their input alone, such as gelu, and without dropout and padding.
+    activations that save their input alone, such as gelu, and without dropout and padding; attention in bfloat16 on a
+    CPU saves less.
 
     Args:
         precision: float32, or bfloat16 for autocast, in which residuals, gates and the loss stay float32.
@@ -266,10 +277,10 @@ def activation_bytes(
     # Cosines and sines are shared by the blocks up to the next fork, except for their casts.
     turning = {0, *config.gated_layers} if precision == "float32" or gradient_checkpointing else range(len(widths))
     angles = sum(widths[layer] * config.head_dim * WIDE for layer in turning)
-    logits, passing = _saved_by_loss(config, length, widths[-1], precision)
+    loss, passing = _saved_by_loss(config, length, widths[-1], precision)
     if gradient_checkpointing:
-        # By the time that the blocks are computed again, one after the other, the logits are gone.
-        passing = max(passing, max(blocks) - logits)
+        # By the time that the blocks are computed again, one after the other, the loss's are gone.
+        passing = max(passing, max(blocks) - loss)
         # The residual, and of scored streams log score and weight.
         blocks = [
             width * WIDE * (config.hidden_size + 2 * _is_scored(config, layer)) for layer, width in enumerate(widths)
@@ -278,7 +289,7 @@ def activation_bytes(
         blocks=sum(blocks) + angles,
         gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
         head=_saved_by_head(config, length, widths[-1], precision),
-        logits=logits,
+        loss=loss,
         passing=passing,
     )
 
@@ -313,12 +324,12 @@ def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int
 
 
 def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> int:
-    """Bytes that autograd saves from the last block to the unembedding."""
-    hidden, item = config.hidden_size, item_bytes(precision)
+    """Bytes that autograd saves from the last block to the loss, or to the unembedding with `probability`."""
+    hidden = config.hidden_size
     if config.merge == "probability":
-        return width * hidden * (WIDE + item)
+        return width * hidden * (WIDE + item_bytes(precision))
     normed = width if config.merge == "residual-normed" else length
-    saved = hidden * (normed * WIDE + length * item)
+    saved = hidden * normed * WIDE
     if config.gated_layers:
         # What is added up, with indices, and before that what is weighed.
         saved += width * (hidden * WIDE * (1 if config.merge == "root" else 2) + 8)
@@ -328,11 +339,11 @@ def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precis
 def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> tuple[int, int]:
     """Bytes of the loss, unembedding included: what autograd saves, and what passes beside it at the peak."""
     vocabulary, item = config.vocab_size, item_bytes(precision)
+    if config.merge != "probability":
+        return length * config.hidden_size * WIDE, 0
     log_probs = length * vocabulary * WIDE
     # In float32 a gradient; in bfloat16 the logits and their float32 copy, and later as many bytes of gradients.
     passing = length * vocabulary * (WIDE if item == WIDE else WIDE + item)
-    if config.merge != "probability":
-        return log_probs, passing
     # Each stream's log softmax and its share of the mixture; the sums, and where they are not 0.
     streams = width * vocabulary
     return log_probs + 2 * streams * WIDE + length * vocabulary * (WIDE + 1), passing + 2 * streams * WIDE

@@ -59,3 +59,11 @@ class StreamGenerationMixin(GenerationMixin):
         if outputs.get("cache") is not None:
             model_kwargs[CACHE_NAME] = outputs["cache"]
         return model_kwargs
+
+
+def refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """transformers passes arguments on freely; one that asks for something must not be ignored."""
+    kwargs.pop("tokenizer", None)  # which `generate` needs for stop strings and hands on
+    unused = [name for name, value in kwargs.items() if value is not None and value is not False]
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: not an argument of a Thoughtbubbles model")

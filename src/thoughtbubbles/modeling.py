@@ -21,9 +21,9 @@ from .budget import Budget
 from .cache import AttentionMemory, Placement, StreamCache, one_cache
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
-from .decoding import StreamGenerationMixin
+from .decoding import StreamGenerationMixin, refuse_unknown
 from .gate import ForkGate
-from .loss import next_token_loss, next_token_targets
+from .loss import chunked_next_token_loss, next_token_loss, next_token_targets
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import ColumnMap, Streams
@@ -145,7 +145,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
                 `max_position_embeddings`, a mask of another shape, a bad budget, an argument without effect, or a
                 cache of another class, model, budget or batch, or together with gradient checkpointing.
         """
-        _refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
         cache = one_cache(cache, past_key_values)
@@ -295,6 +295,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = True,
         past_key_values: StreamCache | None = None,
         **kwargs: Any,
     ) -> ThoughtbubblesCausalLMOutput:
@@ -305,17 +306,20 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
                 next real token of its row; -100 and padding are ignored (Design 3.7).
             logits_to_keep: only the last so many columns' logits, or those at the given indices; 0 is all.
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets.
+            return_logits: False returns the loss alone, for which some rows' logits are held at a time.
 
         The other arguments are those of `ThoughtbubblesModel.forward`.
 
         Raises:
             ValueError: as there; for an argument that this model has no use for; for labels together with
-                `logits_to_keep`.
+                `logits_to_keep`, or `return_logits=False` without labels.
         """
-        _refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not keeps_all:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: expected 0, since labels need every logit")
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False: expected labels, without which nothing would be left to return")
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -326,21 +330,24 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             output_hidden_states=output_hidden_states,
             output_streams=output_streams,
         )
+        loss, targets = None, None if labels is None else next_token_targets(labels, out.columns)
+        # An adapter may have put something else in the place of the unembedding.
+        if return_logits or self.config.merge == "probability" or type(self.lm_head) is not nn.Linear:
+            logits = self._logits(out, logits_to_keep)
+            loss = None if targets is None else next_token_loss(logits, targets, num_items_in_batch)
+        elif targets is not None:
+            assert out.last_hidden_state is not None
+            loss = chunked_next_token_loss(out.last_hidden_state, self.lm_head.weight, targets, num_items_in_batch)
+        kept = logits if return_logits else None
+        return ThoughtbubblesCausalLMOutput(loss, kept, out.cache, out.hidden_states, out.streams)
+
+    def _logits(self, out: ThoughtbubblesModelOutput, logits_to_keep: int | Tensor) -> Tensor:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.merge == "probability":
-            logits = _to_columns(self._mix_streams(out), out.columns)[:, keep].contiguous()
-        else:
-            logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = next_token_loss(logits, next_token_targets(labels, out.columns), num_items_in_batch)
-        return ThoughtbubblesCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=out.cache,
-            hidden_states=out.hidden_states,
-            streams=out.streams,
-        )
+            return _to_columns(self._mix_streams(out), out.columns)[:, keep].contiguous()
+        assert out.last_hidden_state is not None
+        logits: Tensor = self.lm_head(out.last_hidden_state[:, keep])
+        return logits
 
     def _mix_streams(self, out: ThoughtbubblesModelOutput) -> Tensor:
         """Log of the mixture of all streams' next-token distributions [B, T, V] (Design 3.6, `probability`)."""
@@ -352,14 +359,6 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
     return values if columns is None else columns.restore(values)
-
-
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """transformers passes arguments on freely; one that asks for something must not be ignored."""
-    kwargs.pop("tokenizer", None)  # which `generate` needs for stop strings and hands on
-    unused = [name for name, value in kwargs.items() if value is not None and value is not False]
-    if unused:
-        raise ValueError(f"{', '.join(unused)}: not an argument of a Thoughtbubbles model")
 
 
 register_models(ThoughtbubblesModel, ThoughtbubblesForCausalLM)

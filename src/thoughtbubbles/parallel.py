@@ -21,7 +21,7 @@ def process_bytes(
     and gathers the rest for the whole step, in float32, and in the precision of training a block while it is at work
     and the next one while it arrives; beside them the gradients of both groups before they are shared out, a block's
     in float32 too. The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps a copy of the
-    unembedding alone.
+    unembedding at most.
 
     Args:
         precision: float32 or bfloat16.
@@ -41,11 +41,13 @@ def process_bytes(
         return replace(whole, exchange=whole.gradients)
     block, rest = _groups(config)
     item = item_bytes(precision)
+    casts_unembedding = item < WIDE and config.merge == "probability"
     return StateBytes(
         weights=-(-whole.weights // processes),
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
-        casts=0 if item == WIDE else item * config.vocab_size * config.hidden_size,
+        casts=item * config.vocab_size * config.hidden_size if casts_unembedding else 0,
+        loss=whole.loss,
         exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )
 

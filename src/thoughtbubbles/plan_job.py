@@ -177,12 +177,13 @@ def _job_of_recipe(recipe: "Recipe", gpus: int) -> Job:
 def _read_data(recipe: "Recipe") -> tuple[dict[str, Any], int | None, tuple[str, ...]]:
     """Fields of the model that a recipe's data gives, its longest row in tokens, and what had to be assumed."""
     from thoughtbubbles.data.manifest import Manifest
-    from thoughtbubbles.training.recipe import FineTuningSection
+    from thoughtbubbles.training.recipe import FineTuningSection, StreamSection
 
     data = recipe.data
     if isinstance(data, FineTuningSection):
         return {}, data.max_length, ("Every row is taken for as long as the longest: shorter ones cost less.",)
-    folder = Path(data.path or next(iter(data.mixture or {}))).expanduser()
+    folders = data.validation if isinstance(data, StreamSection) else data.mixture or [data.path]
+    folder = Path(str(next(iter(folders)))).expanduser()
     if folder.is_dir():
         manifest = Manifest.read(folder)
         return {"vocab_size": manifest.vocab_size}, manifest.block_size, ()

@@ -92,6 +92,7 @@ def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[Ro
             ("gradients", lambda costs: costs.memory.gradients),
             ("AdamW's moments", lambda costs: costs.memory.optimizer),
             ("bfloat16 copies of the matrices", lambda costs: costs.memory.casts),
+            ("the loss and its gradient", lambda costs: costs.memory.loss),
             ("buffers of the exchange", lambda costs: costs.memory.exchange),
             ("activations kept for the backward pass", lambda costs: costs.memory.activations),
             ("more at the peak", lambda costs: costs.memory.passing),

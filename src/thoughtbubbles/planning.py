@@ -45,9 +45,10 @@ class Memory:
         gradients: float32.
         optimizer: AdamW's two moments, float32.
         casts: bfloat16 copies of the matrices that autocast keeps.
+        loss: the unembedding's gradient while the loss forms it, and the logits at work.
         exchange: buffers of the exchange with other devices.
         activations: what autograd saves of a micro-batch, the loss included.
-        passing: held beside them for a while: the gradients of the logits, or a block that is computed again.
+        passing: held beside them for a while, such as a block that is computed again.
         total: the sum.
     """
 
@@ -55,6 +56,7 @@ class Memory:
     gradients: int
     optimizer: int
     casts: int
+    loss: int
     exchange: int
     activations: int
     passing: int

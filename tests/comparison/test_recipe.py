@@ -51,6 +51,10 @@ def test_every_key_is_described() -> None:
         ({"tuning": {"learning_rates": [1e-3]}}, "tuning.data is missing"),
         ({"tuning": {"learning_rates": [-1.0], "data": "d"}}, "tuning.learning_rates=[-1.0]: expected rates above 0"),
         ({"tuning": {"learning_rates": [1e-3], "data": "data"}}, "tuning.data=data: expected other data"),
+        (
+            {"data": {"stream": {"a": 1}}, "tuning": {"learning_rates": [1e-3], "data": "d"}},
+            "tuning: expected data.path or data.mixture, since rates are tuned on prepared data alone",
+        ),
         ({"evaluation": {"blocks": 0}}, "evaluation.blocks=0: expected at least 1"),
         ({"evaluation": {"budgets": [0.5]}}, "evaluation.budgets[0]: budget=0.5"),
         ({"evaluation": 3}, "evaluation: 3: expected keys and values"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thoughtbubbles.data.mixture import ROUND, BlockMixture, Place, permuted
+from thoughtbubbles.data.mixture import ROUND, BlockMixture, Place, Rounds, permuted
 
 
 class Blocks:
@@ -99,3 +99,15 @@ def test_a_late_sample_of_a_huge_corpus_costs_no_more_than_the_first() -> None:
     mixture = BlockMixture([Blocks(10**9), Blocks(10**8)], [1, 1], seed=0, length=10**10)
     # A pass over the order would take hours and run into the test's time limit.
     assert {mixture.place(index).corpus for index in range(10**10 - 50, 10**10)} == {0, 1}
+
+
+def test_rounds_count_what_they_give() -> None:
+    rounds = Rounds([2, 1], seed=4, purpose="lane 3 ")
+    seen = [0, 0]
+    for index in range(2 * ROUND + 50):
+        if index % 97 == 0:
+            assert [rounds.count(corpus, index) for corpus in (0, 1)] == seen
+        corpus, turn = rounds.turn(index)
+        assert turn == seen[corpus]
+        seen[corpus] += 1
+    assert [rounds.turn(index)[0] for index in range(99)] != [Rounds([2, 1], 4).turn(index)[0] for index in range(99)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thoughtbubbles.data import DataError
-from thoughtbubbles.data.packing import Packed, TokenArray, pack, token_type
+from thoughtbubbles.data.packing import Packed, TokenArray, cut_blocks, pack, token_type
 
 Document = list[int]
 
@@ -69,3 +69,18 @@ def test_blocks_do_not_depend_on_shards(
         return
     found = packed(shards, order, 0, 2, tmp_path_factory.mktemp("packed"))
     assert found.blocks.reshape(-1).tolist() == stream[: len(stream) // 2 * 2]
+
+
+@given(documents=st.lists(st.lists(st.integers(1, 9), max_size=12), min_size=1, max_size=8), size=st.integers(2, 6))
+def test_documents_that_come_one_by_one_are_packed_alike(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[Document], size: int
+) -> None:
+    arrays = [(number, np.array(document, dtype=np.uint32)) for number, document in enumerate(documents)]
+    blocks = list(cut_blocks(arrays, 0, np.dtype(np.uint16), size))
+    if sum(len(document) + 1 for document in documents) >= size:
+        folder = tmp_path_factory.mktemp("packed")
+        whole = packed([documents], range(len(documents)), 0, size, folder)
+        assert [block.tolist() for block, _, _ in blocks] == whole.blocks.tolist()
+    for number, (_, mark, used) in enumerate(blocks):
+        following = cut_blocks(arrays[mark:], 0, np.dtype(np.uint16), size, used)
+        assert [block.tolist() for block, _, _ in following] == [block.tolist() for block, _, _ in blocks[number + 1 :]]

@@ -43,7 +43,10 @@ training:
 
 
 class Sequences:
-    """Rows of an affine recurrence modulo the vocabulary, with a jump now and then: no data or tokenizer needed."""
+    """Rows of an affine recurrence modulo the vocabulary, with a jump now and then: no data or tokenizer needed.
+
+    None begins with the same token twice: rounding alone would choose between the forks of the two.
+    """
 
     uniform_length: int | None = BLOCK
 
@@ -59,7 +62,8 @@ class Sequences:
         for place in range(BLOCK):
             tokens.append(token)
             jump = 17 if (number + place * place) % 7 == 0 else 0
-            token = (5 * token + 3 + number % 3 + jump) % VOCABULARY
+            following = (5 * token + 3 + number % 3 + jump) % VOCABULARY
+            token = (token + 1) % VOCABULARY if place == 0 and following == token else following
         return {"input_ids": torch.tensor(tokens)}
 
     def describe(self, index: int) -> str:

@@ -10,6 +10,7 @@ from thoughtbubbles.training.recipe import (
     DataSection,
     FineTuningSection,
     RecipeError,
+    StreamSection,
     TrainingSection,
     describe_recipe,
     differences,
@@ -154,7 +155,7 @@ def test_bad_fine_tuning_sections(tmp_path: Path, override: str, message: str) -
 
 def test_the_description_names_every_key_with_its_default() -> None:
     text = describe_recipe()
-    for section in (DataSection, FineTuningSection, TrainingSection):
+    for section in (DataSection, StreamSection, FineTuningSection, TrainingSection):
         for spec in fields(section):
             assert f"  {spec.name}: " in text
     assert "  steps: a whole number (needed)\n" in text

@@ -154,6 +154,8 @@ def _tuning(values: Any, content: Mapping[str, Any]) -> TuningSection:
         raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected rates above 0")
     if not tuning.tokens > 0:
         raise RecipeError(f"tuning.tokens={tuning.tokens}: expected a share above 0")
+    if content.get("data", {}).get("stream") is not None:
+        raise RecipeError("tuning: expected data.path or data.mixture, since rates are tuned on prepared data alone")
     if tuning.data == content.get("data", {}).get("path"):
         raise RecipeError(
             f"tuning.data={tuning.data}: expected other data than data.path: rates tuned on the validation that is "

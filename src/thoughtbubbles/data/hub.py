@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub as sources, or folders laid out like them: names, loading, rows in order."""
 
+import copy
 import glob
 import os
 import re
@@ -166,6 +167,16 @@ class HubReader:
         if kind not in ("string", "large_string", "string_view"):
             raise DataError(f"source {self._name!r}: field {field!r} holds {kind}, expected text")
         self._rows = self._rows.select_columns([field])
+
+    def shards(self) -> int:
+        """How many files, or parts that the dataset names, a stream is read from."""
+        return int(self._rows.num_shards)
+
+    def shard(self, number: int) -> "HubReader":
+        """A reader of one of them."""
+        one = copy.copy(self)
+        one._rows, one._index = self._rows.shard(self.shards(), number), 0
+        return one
 
     def rows(self, start: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The rows from a place on.

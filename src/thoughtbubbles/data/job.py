@@ -50,8 +50,8 @@ class Job:
         return _hash(
             {
                 "format_version": FORMAT_VERSION,
-                "sources": [_facts(source) for source in self.sources],
-                "validation": [_facts(source) for source in self.validation],
+                "sources": [source_facts(source) for source in self.sources],
+                "validation": [source_facts(source) for source in self.validation],
                 "text_field": self.text_field,
                 "tokenizer": (
                     {"trained": self.vocab_size}
@@ -135,7 +135,8 @@ def _resolve(names: Iterable[SourceName]) -> tuple[Source, ...]:
     return sources
 
 
-def _facts(source: Source) -> Any:
+def source_facts(source: Source) -> Any:
+    """What tells a source from another one, or from itself after its files have changed, as JSON can hold it."""
     # Left out where there is none, so that what was prepared before there were templates counts as the same.
     template = {} if source.template is None else {"template": source.template}
     if isinstance(source, FileSource):

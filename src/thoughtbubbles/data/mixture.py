@@ -33,6 +33,47 @@ class Corpus(Protocol):
     def __getitems__(self, keys: list[int]) -> list[Any]: ...
 
 
+class Rounds:
+    """Which corpus each sample of a sequence is of: in exact proportion to the weights every `ROUND` samples.
+
+    Args:
+        weights: shares of the samples, in any unit.
+        seed: of the order inside a round.
+        purpose: tells sequences of one seed apart.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int, purpose: str = "") -> None:
+        self._seed = seed
+        self._purpose = purpose
+        self._quotas = _quotas(weights)
+        self._round = lru_cache(maxsize=4)(self._draw_round)
+
+    def turn(self, index: int) -> tuple[int, int]:
+        """The corpus of sample `index`, and how many samples of that corpus come before it."""
+        number, within = divmod(index, ROUND)
+        corpora, before = self._round(number)
+        corpus = int(corpora[within])
+        return corpus, number * int(self._quotas[corpus]) + int(before[within])
+
+    def count(self, corpus: int, samples: int) -> int:
+        """How many of the first `samples` are of a corpus."""
+        number, within = divmod(samples, ROUND)
+        corpora, _ = self._round(number)
+        return number * int(self._quotas[corpus]) + int((corpora[:within] == corpus).sum())
+
+    def _draw_round(self, number: int) -> tuple[Indices, Indices]:
+        """The corpus of each sample of a round, and how many samples of that corpus stand before it there."""
+        corpora = np.repeat(np.arange(len(self._quotas)), self._quotas)
+        if len(self._quotas) > 1:
+            key = mixture_key(self._seed, f"{self._purpose}round {number}")
+            corpora = corpora[[permuted(place, ROUND, key) for place in range(ROUND)]]
+        before = np.empty(ROUND, dtype=np.int64)
+        for corpus in range(len(self._quotas)):
+            ours = corpora == corpus
+            before[ours] = np.arange(ours.sum())
+        return corpora, before
+
+
 class BlockMixture:
     """The training samples of a run in their order, mixed from corpora by weight (a map-style dataset).
 
@@ -52,8 +93,7 @@ class BlockMixture:
         self._corpora = list(corpora)
         self._seed = seed
         self._length = length
-        self._quotas = _quotas(weights)
-        self._round = lru_cache(maxsize=4)(self._draw_round)
+        self._rounds = Rounds(weights, seed)
 
     def __len__(self) -> int:
         return self._length
@@ -81,25 +121,10 @@ class BlockMixture:
         """
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of a run of {self._length}")
-        number, within = divmod(index, ROUND)
-        corpora, before = self._round(number)
-        corpus = int(corpora[within])
-        turn = number * int(self._quotas[corpus]) + int(before[within])
+        corpus, turn = self._rounds.turn(index)
         size = len(self._corpora[corpus])
         epoch, turn = divmod(turn, size)
-        return Place(corpus, permuted(turn, size, _key(self._seed, f"{corpus}/{epoch}")))
-
-    def _draw_round(self, number: int) -> tuple[Indices, Indices]:
-        """The corpus of each sample of a round, and how many samples of that corpus stand before it there."""
-        corpora = np.repeat(np.arange(len(self._quotas)), self._quotas)
-        if len(self._quotas) > 1:
-            key = _key(self._seed, f"round {number}")
-            corpora = corpora[[permuted(place, ROUND, key) for place in range(ROUND)]]
-        before = np.empty(ROUND, dtype=np.int64)
-        for corpus in range(len(self._quotas)):
-            ours = corpora == corpus
-            before[ours] = np.arange(ours.sum())
-        return corpora, before
+        return Place(corpus, permuted(turn, size, mixture_key(self._seed, f"{corpus}/{epoch}")))
 
 
 def permuted(index: int, size: int, key: int) -> int:
@@ -131,7 +156,8 @@ def _quotas(weights: Sequence[float]) -> Indices:
     return quotas
 
 
-def _key(seed: int, purpose: str) -> int:
+def mixture_key(seed: int, purpose: str) -> int:
+    """The key of a permutation that serves a purpose."""
     return int.from_bytes(draw(seed, "mixture", purpose.encode())[:8], "big")
 
 

@@ -1,9 +1,9 @@
 """Packing: documents, one after another, become blocks of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from thoughtbubbles.data.splitting import Indices
 
 TokenArray = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
+Mark = TypeVar("Mark")
 
 
 def token_type(vocab_size: int) -> "np.dtype[Any]":
@@ -84,6 +85,39 @@ def pack(
     _write_documents(shards, lengths, places, mark, path)
     blocks = read_array(path, dtype)[: count * block_size].reshape(count, block_size)
     return Packed(blocks, tokens, dropped)
+
+
+def cut_blocks(
+    documents: Iterable[tuple[Mark, TokenArray]],
+    separator: int,
+    dtype: "np.dtype[Any]",
+    block_size: int,
+    used: int = 0,
+) -> Iterator[tuple[TokenArray, Mark, int]]:
+    """Pack documents as `pack` does while they come; no token is dropped, but those of a last block that is not full.
+
+    Args:
+        documents: what stands for each, and its tokens.
+        separator: the end-of-text token, which stands before each document.
+        dtype: of the tokens.
+        block_size: tokens a block.
+        used: tokens of the first document, its separator included, to leave out.
+
+    Returns:
+        Blocks [block_size]; what stands for the document that each ends in, and how many tokens of that document, its
+        separator included, it ends after.
+    """
+    block, filled = np.empty(block_size, dtype=dtype), 0
+    for mark, tokens in documents:
+        document = np.concatenate([[separator], tokens]).astype(dtype)
+        while used < len(document):
+            fresh = document[used : used + block_size - filled]
+            block[filled : filled + len(fresh)] = fresh
+            used, filled = used + len(fresh), filled + len(fresh)
+            if filled == block_size:
+                yield block, mark, used
+                block, filled = np.empty(block_size, dtype=dtype), 0
+        used = 0
 
 
 def _write_documents(

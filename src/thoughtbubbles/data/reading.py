@@ -4,15 +4,17 @@ A text file is one document; a row of a parquet or jsonl file or of a hub datase
 in the same order.
 """
 
+import copy
 import json
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from thoughtbubbles.data.corpora import FileSource, Source, file_kind
 from thoughtbubbles.data.errors import DataError, UnfinishedError
-from thoughtbubbles.data.hub import HubReader, HubSource, missing_field
+from thoughtbubbles.data.hub import HubReader, HubSource, missing_field, newest_commit
 from thoughtbubbles.data.rowtext import render
 
 # Rows decoded at a time from a parquet file: few, because a row can be a whole book.
@@ -42,6 +44,28 @@ class Reader(Protocol):
         ...
 
 
+class Shards(Protocol):
+    """A source in parts, its files, each of which can be read by itself.
+
+    Attributes:
+        name: of the source.
+        commit: of the hub's dataset that is read; None for other sources, or if the hub does not say.
+    """
+
+    name: str
+    commit: str | None
+
+    def __len__(self) -> int: ...
+
+    def open(self, number: int) -> Reader:
+        """A reader of a shard's documents."""
+        ...
+
+    def at(self, commit: str) -> "Shards":
+        """The same source as another commit has it."""
+        ...
+
+
 def open_documents(source: Source, text_field: str, progress: bool = False) -> Reader:
     """Open a source for reading.
 
@@ -54,10 +78,27 @@ def open_documents(source: Source, text_field: str, progress: bool = False) -> R
         DataError: a hub dataset that is not there, or has no such field of text. Other errors come with the reading:
             a file that cannot be read, or has no field `text_field` of text, or a row that does not fit the template.
     """
-    field = None if source.template is not None else source.field or text_field
+    field = _field(source, text_field)
     if isinstance(source, HubSource):
         return _HubDocuments(source, field, progress)
     return _FileDocuments(source, field)
+
+
+def open_shards(source: Source, text_field: str) -> Shards:
+    """Open a source whose files are to be read side by side.
+
+    Args:
+        source: the source; if it is a dataset of the hub, a streamed one, which is pinned to its newest commit.
+        text_field: as in `open_documents`.
+
+    Raises:
+        DataError: as `open_documents` does, or for a dataset that is to be downloaded.
+    """
+    if isinstance(source, FileSource):
+        return _FileShards(source, text_field)
+    if not source.streaming:
+        raise DataError(f"source {source.name!r}: expected no streaming=false, since files of a stream are not kept")
+    return _HubShards(source, text_field, newest_commit(source))
 
 
 def read_documents(source: Source, text_field: str) -> Documents:
@@ -89,6 +130,11 @@ def read_rows(source: Source) -> Iterator[Row]:
             yield row
 
 
+def _field(source: Source, text_field: str) -> str | None:
+    """The field of its rows that holds the text; None where a template makes it."""
+    return None if source.template is not None else source.field or text_field
+
+
 class _HubDocuments:
     def __init__(self, source: HubSource, field: str | None, progress: bool) -> None:
         self._place = f"source {source.name!r}"
@@ -103,6 +149,48 @@ class _HubDocuments:
 
     def position(self) -> Position:
         return self._reader.position()
+
+    def shards(self) -> int:
+        return self._reader.shards()
+
+    def shard(self, number: int) -> "_HubDocuments":
+        one = copy.copy(self)
+        one._reader = self._reader.shard(number)
+        return one
+
+
+class _FileShards:
+    def __init__(self, source: FileSource, text_field: str) -> None:
+        self.name = source.name
+        self.commit: str | None = None
+        self._source, self._text_field = source, text_field
+
+    def __len__(self) -> int:
+        return len(self._source.files)
+
+    def open(self, number: int) -> Reader:
+        return open_documents(replace(self._source, files=(self._source.files[number],)), self._text_field)
+
+    def at(self, commit: str) -> Shards:
+        raise TypeError(f"{self.name} has no commits")
+
+
+class _HubShards:
+    def __init__(self, source: HubSource, text_field: str, commit: str | None) -> None:
+        self.name = source.name
+        self.commit = commit
+        self._source, self._text_field = source, text_field
+        pinned = source if commit is None else replace(source, revision=commit)
+        self._documents = _HubDocuments(pinned, _field(source, text_field), progress=False)
+
+    def __len__(self) -> int:
+        return self._documents.shards()
+
+    def open(self, number: int) -> Reader:
+        return self._documents.shard(number)
+
+    def at(self, commit: str) -> Shards:
+        return _HubShards(self._source, self._text_field, commit)
 
 
 class _FileDocuments:

@@ -183,6 +183,12 @@ class Encoder:
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def encode_one(self, text: str) -> Tokens:
+        """The tokens of a document, encoded in the calling thread."""
+        pieces = list(cut_at_spaces(text)) if self._cuts else [text]
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, dtype=np.uint32) for encoding in encodings])
+
     def _pieces(self, documents: Iterable[tuple[int, str]]) -> Iterator[Piece]:
         for key, text in documents:
             left = len(text)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import re
 import textwrap
 import types
@@ -28,6 +29,9 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 SHARDINGS = ("ddp", "fsdp")
 REPORTERS = ("tensorboard", "wandb")
 MODEL_SOURCES = ("preset", "pretrained")
+BLOCK_SOURCES = ("path", "mixture", "stream")
+ONE_SOURCE = "data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote, or `stream`"
+MOST_LANES = 16
 
 
 class RecipeError(InputError):
@@ -51,6 +55,31 @@ class DataSection:
         "block size in all",
         None,
     )
+    eval_blocks: int | None = option(
+        "validation blocks, evenly spaced, of each folder, of the evaluations on the way; null is all", None
+    )
+    final_eval_blocks: int | None = option("the same, of the evaluation at the end; null is all", None)
+
+
+@dataclass
+class StreamSection:
+    """What is read while training, where it is too large to prepare: `stream`."""
+
+    stream: dict[str, float] = option(
+        "sources as `thoughtbubbles prepare` names them and their weights, as in {hf:NAME?config=C: 0.7, "
+        "'more/*.jsonl': 0.3}"
+    )
+    validation: dict[str, float] = option(
+        "folders that `thoughtbubbles prepare` wrote and their weights: their validation blocks are evaluated on and "
+        "their documents left out of the stream; their tokenizer and block size are the stream's"
+    )
+    text_field: str = option("field of rows that holds the text, where a source names none", "text")
+    lanes: int | None = option(
+        "parts of the stream that are read side by side, which processes share; a divisor of training.batch_size; "
+        f"null is the largest common divisor with {MOST_LANES}",
+        None,
+    )
+    shuffle_blocks: int = option("blocks of each source that are shuffled together, all lanes counted", 8192)
     eval_blocks: int | None = option(
         "validation blocks, evenly spaced, of each folder, of the evaluations on the way; null is all", None
     )
@@ -139,7 +168,7 @@ class Recipe:
 
     task: str
     model: dict[str, Any]
-    data: DataSection | FineTuningSection
+    data: DataSection | StreamSection | FineTuningSection
     training: TrainingSection
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,6 +259,7 @@ def describe_recipe() -> str:
     ]
     for title, section in (
         ("data (task: pretrain)", DataSection),
+        ("data (task: pretrain, streamed)", StreamSection),
         ("data (task: sft)", FineTuningSection),
         ("training", TrainingSection),
     ):
@@ -338,20 +368,41 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         check_known(section, key_names(Recipe), "section", RecipeError)
         if section != "task" and not isinstance(values, dict):
             raise RecipeError(f"{section}: {values!r}: expected keys and values")
-    data = content.get("data", {})
     recipe = Recipe(
         task=task,
         model=_parse_model(content.get("model", {})),
-        data=(
-            _check_data(parse_section(DataSection, "data", data))
-            if task == "pretrain"
-            else _check_fine_tuning(parse_section(FineTuningSection, "data", data))
-        ),
+        data=_parse_data(task, content.get("data", {})),
         training=_check_training(parse_section(TrainingSection, "training", content.get("training", {}))),
     )
     if recipe.training.compile and task == "sft":
         raise RecipeError("training.compile=true: expected task=pretrain, whose rows are all of one length")
+    if isinstance(recipe.data, StreamSection):
+        stream_lanes(recipe.data, recipe.training.batch_size)
     return recipe
+
+
+def stream_lanes(data: StreamSection, batch_size: int) -> int:
+    """The lanes of a stream.
+
+    Raises:
+        RecipeError: if they do not divide the batch.
+    """
+    lanes = data.lanes or math.gcd(batch_size, MOST_LANES)
+    if batch_size % lanes:
+        raise RecipeError(f"data.lanes={lanes}: expected a divisor of training.batch_size={batch_size}")
+    return lanes
+
+
+def _parse_data(task: str, values: Mapping[str, Any]) -> DataSection | StreamSection | FineTuningSection:
+    if task == "sft":
+        return _check_fine_tuning(parse_section(FineTuningSection, "data", values))
+    # null takes back what an extended recipe says.
+    given = {name: value for name, value in values.items() if name not in BLOCK_SOURCES or value is not None}
+    if "stream" not in given:
+        return _check_data(parse_section(DataSection, "data", given))
+    if {"path", "mixture"} & given.keys():
+        raise RecipeError(ONE_SOURCE)
+    return _check_stream(parse_section(StreamSection, "data", given))
 
 
 def _parse_model(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,11 +483,27 @@ def _budget(key: str, value: Any) -> Budget:
 
 def _check_data(data: DataSection) -> DataSection:
     if (data.path is None) == (data.mixture is None):
-        raise RecipeError("data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote")
-    if data.mixture is not None and (not data.mixture or not min(data.mixture.values()) > 0):
-        raise RecipeError(f"data.mixture={data.mixture}: expected folders with weights above 0")
+        raise RecipeError(ONE_SOURCE)
+    if data.mixture is not None:
+        _check_weights("mixture", data.mixture, "folders")
     check_counts("data", data, "eval_blocks", "final_eval_blocks")
     return data
+
+
+def _check_stream(data: StreamSection) -> StreamSection:
+    _check_weights("stream", data.stream, "sources")
+    _check_weights("validation", data.validation, "folders")
+    check_counts("data", data, "eval_blocks", "final_eval_blocks")
+    for name in ("lanes", "shuffle_blocks"):
+        count = getattr(data, name)
+        if count is not None and count < 1:
+            raise RecipeError(f"data.{name}={count}: expected at least 1")
+    return data
+
+
+def _check_weights(name: str, weights: Mapping[str, float], what: str) -> None:
+    if not weights or not min(weights.values()) > 0:
+        raise RecipeError(f"data.{name}={weights}: expected {what} with weights above 0")
 
 
 def _check_fine_tuning(data: FineTuningSection) -> FineTuningSection:

@@ -132,6 +132,7 @@ def _run(trainer: BubbleTrainer, data: RunData, stop: StopRequest) -> dict[str, 
             raise interrupted(stop, trainer.state.global_step)
         return trainer.measure(data.final_eval_rows)
     finally:
+        data.close()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressDisplay):
                 callback.close()

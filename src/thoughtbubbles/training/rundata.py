@@ -1,6 +1,8 @@
 """What a run trains on and is evaluated on, whatever its task."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,14 +11,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from thoughtbubbles.data import DataError, PreparedData, load_prepared
+from thoughtbubbles.data import DataError, PreparedData, load_prepared, resolve_source
+from thoughtbubbles.data.corpora import check_different
+from thoughtbubbles.data.heldout import HeldOut
+from thoughtbubbles.data.job import source_facts
 from thoughtbubbles.data.mixture import BlockMixture
+from thoughtbubbles.data.packing import token_type
+from thoughtbubbles.data.reading import open_shards
 from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
-from thoughtbubbles.data.tokenizer import load_tokenizer, vocabulary_size
+from thoughtbubbles.data.stream import Packing, StreamMixture, check_readable
+from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, vocabulary_size
 from thoughtbubbles.loading import load_tokenizer as load_model_tokenizer
 from thoughtbubbles.loss import IGNORE_INDEX
 from thoughtbubbles.progress import say
-from thoughtbubbles.training.recipe import DataSection, FineTuningSection, Recipe, RecipeError
+from thoughtbubbles.training.recipe import (
+    DataSection,
+    FineTuningSection,
+    Recipe,
+    RecipeError,
+    StreamSection,
+    stream_lanes,
+)
+from thoughtbubbles.training.streaming import StreamedBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,6 +107,11 @@ class RunData:
     source: str
     identity: str
 
+    def close(self) -> None:
+        """Stop what reads ahead of the training."""
+        if isinstance(self.samples, StreamedBlocks):
+            self.samples.close()
+
 
 def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
     """Open the data of a recipe.
@@ -103,6 +124,8 @@ def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
     """
     if isinstance(recipe.data, FineTuningSection):
         return _load_examples(recipe, recipe.data, progress)
+    if isinstance(recipe.data, StreamSection):
+        return _load_stream(recipe, recipe.data)
     return _load_blocks(recipe, recipe.data)
 
 
@@ -127,10 +150,8 @@ class _Blocks(BlockMixture):
 
 def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
     weights = section.mixture or {str(section.path): 1.0}
-    corpora = [load_prepared(path) for path in weights]
+    corpora = _load_corpora("mixture", weights)
     first = corpora[0].manifest
-    for corpus in corpora[1:]:
-        _check_alike(corpora[0], corpus)
     blocks = sum(len(corpus.train) for corpus in corpora)
     if recipe.training.batch_size > blocks:
         raise RecipeError(
@@ -138,15 +159,11 @@ def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
             f"{', '.join(weights)}"
         )
     samples = recipe.training.steps * recipe.training.batch_size
-    total = sum(weights.values())
-    names = _short_names([corpus.path for corpus in corpora])
-    shares = [weight / total for weight in weights.values()]
+    validation = _validation(corpora, weights)
+    shares = [each.weight for each in validation.values()]
     return RunData(
         samples=_Blocks(corpora, shares, recipe.training.seed, samples),
-        validation={
-            name: Validation(corpus.validation, share)
-            for name, corpus, share in zip(names, corpora, shares, strict=True)
-        },
+        validation=validation,
         eval_rows=section.eval_blocks,
         final_eval_rows=section.final_eval_blocks,
         collate=collate_blocks,
@@ -158,15 +175,69 @@ def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
     )
 
 
-def _check_alike(first: PreparedData, other: PreparedData) -> None:
+def _load_stream(recipe: Recipe, section: StreamSection) -> RunData:
+    corpora = _load_corpora("validation", section.validation)
+    manifest, tokenizer = corpora[0].manifest, corpora[0].tokenizer()
+    sources = [resolve_source(name) for name in section.stream]
+    check_different(sources)
+    shards = [open_shards(source, section.text_field) for source in sources]
+    check_readable(shards)
+    settings = recipe.training
+    lanes = stream_lanes(section, settings.batch_size)
+    separator = manifest.tokenizer.eos_token_id
+    packing = Packing(
+        encoder=Encoder(tokenizer, threads=1),
+        separator=separator,
+        dtype=token_type(manifest.vocab_size),
+        block_size=manifest.block_size,
+        held_out=HeldOut(corpora, separator),
+        seed=settings.seed,
+        lanes=lanes,
+        window=max(1, section.shuffle_blocks // lanes),
+    )
+    blocks = StreamMixture(shards, list(section.stream.values()), packing, settings.steps * settings.batch_size)
+    facts = json.dumps([source_facts(source) for source in sources], sort_keys=True)
+    fingerprints = [corpus.manifest.fingerprint for corpus in corpora]
+    return RunData(
+        samples=StreamedBlocks(blocks, lanes, manifest.block_size),
+        validation=_validation(corpora, section.validation),
+        eval_rows=section.eval_blocks,
+        final_eval_rows=section.final_eval_blocks,
+        collate=collate_blocks,
+        tokenizer=tokenizer,
+        vocab_size=manifest.vocab_size,
+        longest=manifest.block_size,
+        source=", ".join(section.stream),
+        identity=" ".join([hashlib.sha256(facts.encode()).hexdigest(), *fingerprints]),
+    )
+
+
+def _load_corpora(key: str, paths: Iterable[str]) -> list[PreparedData]:
+    """Prepared folders of one tokenizer and block size, which the recipe names in data.`key`."""
+    corpora = [load_prepared(path) for path in paths]
+    for corpus in corpora[1:]:
+        _check_alike(key, corpora[0], corpus)
+    return corpora
+
+
+def _validation(corpora: Sequence[PreparedData], weights: Mapping[str, float]) -> dict[str, Validation]:
+    total = sum(weights.values())
+    names = _short_names([corpus.path for corpus in corpora])
+    return {
+        name: Validation(corpus.validation, weight / total)
+        for name, corpus, weight in zip(names, corpora, weights.values(), strict=True)
+    }
+
+
+def _check_alike(key: str, first: PreparedData, other: PreparedData) -> None:
     ours, theirs = first.manifest, other.manifest
     if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
         raise DataError(
-            f"data.mixture: {other.path} was prepared with another tokenizer than {first.path}: expected the same one"
+            f"data.{key}: {other.path} was prepared with another tokenizer than {first.path}: expected the same one"
         )
     if ours.block_size != theirs.block_size:
         raise DataError(
-            f"data.mixture: {other.path} has blocks of {theirs.block_size} tokens, {first.path} of {ours.block_size}: "
+            f"data.{key}: {other.path} has blocks of {theirs.block_size} tokens, {first.path} of {ours.block_size}: "
             "expected the same size"
         )
 

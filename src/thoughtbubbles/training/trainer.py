@@ -4,8 +4,9 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_mem
 from thoughtbubbles.training.recipe import Recipe
 from thoughtbubbles.training.rundata import Batch, Rows, RunData, Validation
 from thoughtbubbles.training.sharding import check_sharding, divide, release, whole
+from thoughtbubbles.training.streaming import StreamedBlocks
 
 LOSS_SUM_NAME = "loss_sum.json"
 DIVERGED_NAME = "diverged.json"
@@ -66,6 +68,8 @@ class BubbleTrainer(Trainer):
         self.checkpoint = checkpoint
         self.start = 0 if checkpoint is None else checkpoint.step
         self.stop = stop
+        if isinstance(data.samples, StreamedBlocks) and checkpoint is not None:
+            data.samples.load(checkpoint.folder)
         self.meter = Meter(recipe, model.config, data.samples, arguments.per_device_train_batch_size)
         self.clock = Clock(self.meter.tokens(self.start))
         self.forks = ForkStatistics(model)
@@ -102,7 +106,7 @@ class BubbleTrainer(Trainer):
         loader: DataLoader[Any] = DataLoader(
             self.data.samples,  # type: ignore[arg-type]  # a map-style dataset by its methods
             batch_size=self._train_batch_size,
-            sampler=_From(self.start * self.recipe.training.batch_size, len(self.data.samples)),
+            sampler=_From(self.start * self.recipe.training.batch_size, len(self.data.samples), self._order()),
             collate_fn=self.data.collate,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that opening it draws nothing from the model's
@@ -110,12 +114,20 @@ class BubbleTrainer(Trainer):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
+    def _order(self) -> "Callable[[range], Iterator[int]]":
+        """The order in which the processes, taking turns, take samples."""
+        if not isinstance(self.data.samples, StreamedBlocks):
+            return iter
+        sharing = {"processes": self.args.world_size, "micro": self._train_batch_size}
+        return partial(self.data.samples.shared, batch=self.recipe.training.batch_size, **sharing)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A forward and backward pass, at the step's budget and draws, watched if its step will be logged."""
         settings, step = self.recipe.training, self.state.global_step + 1
         self._routing_step.fill_(step)
         if settings.training_budgets is not None:
             inputs = {**inputs, "budget": budget_of_step(settings.training_budgets, settings.seed, step)}
+        inputs = {**inputs, "return_logits": False}
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._is_logged(step):
             self.forks.watch()
@@ -191,7 +203,7 @@ class BubbleTrainer(Trainer):
                 raise interrupted(self.stop, self.state.global_step)
             inputs = self._prepare_inputs(batch)
             with self.accelerator.autocast():
-                loss = model(**inputs, budget=budget, num_items_in_batch=1).loss
+                loss = model(**inputs, budget=budget, num_items_in_batch=1, return_logits=False).loss
             targets = inputs["labels"][:, 1:] != IGNORE_INDEX
             sums += torch.stack([loss.double(), targets.sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -261,6 +273,9 @@ class BubbleTrainer(Trainer):
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
+            if isinstance(self.data.samples, StreamedBlocks):
+                samples = self.state.global_step * self.recipe.training.batch_size
+                self.data.samples.save(partial, samples, self.is_world_process_zero())
         finally:
             self.args.output_dir = folder
 
@@ -363,11 +378,11 @@ class BubbleTrainer(Trainer):
 class _From(Sampler[int]):
     """Samples from `first` on; its length counts those before too, as the Trainer counts its steps."""
 
-    def __init__(self, first: int, total: int) -> None:
-        self._first, self._total = first, total
+    def __init__(self, first: int, total: int, order: Callable[[range], Iterator[int]]) -> None:
+        self._first, self._total, self._order = first, total, order
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self._first, self._total))
+        return self._order(range(self._first, self._total))
 
     def __len__(self) -> int:
         return self._total

@@ -1,0 +1,86 @@
+"""The loss over chunks of rows against the loss of all logits (Design 3.7)."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.test_attention import record
+from thoughtbubbles import loss as module
+from thoughtbubbles.loss import IGNORE_INDEX, chunked_next_token_loss, next_token_loss
+
+VOCABULARY, HIDDEN = 37, 8
+
+
+def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, unembedding, targets of which some are ignored."""
+    draw = torch.Generator().manual_seed(length)
+    hidden = torch.randn(batch, length, HIDDEN, generator=draw).to(dtype).requires_grad_()
+    matrix = torch.randn(VOCABULARY, HIDDEN, generator=draw).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (batch, length), generator=draw)
+    targets[torch.rand(batch, length, generator=draw) < 0.3] = IGNORE_INDEX
+    return hidden, matrix, targets
+
+
+def whole(hidden: Tensor, matrix: Tensor, targets: Tensor, num_items: Any = None) -> Tensor:
+    return next_token_loss(hidden @ matrix.T, targets, num_items)
+
+
+@pytest.mark.parametrize("num_items", [None, 5, torch.tensor(7)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 7)])
+def test_loss_and_gradients_are_those_of_all_logits(
+    batch: int, length: int, rows: int, num_items: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROWS", rows)
+    hidden, matrix, targets = inputs(batch, length)
+    targets[0, 0] = 3
+    found, expected = (f(hidden, matrix, targets, num_items) for f in (chunked_next_token_loss, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(3 * loss, (hidden, matrix)) for loss in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_no_target_at_all_is_the_mean_of_nothing() -> None:
+    hidden, matrix, targets = inputs(1, 4)
+    assert chunked_next_token_loss(hidden, matrix, torch.full_like(targets, IGNORE_INDEX)).isnan()
+
+
+def test_no_more_gradients_are_formed_than_are_wanted() -> None:
+    hidden, matrix, targets = inputs(2, 5)
+    frozen = matrix.detach()
+    (found,) = torch.autograd.grad(chunked_next_token_loss(hidden, frozen, targets), hidden)
+    torch.testing.assert_close(found, torch.autograd.grad(whole(hidden, matrix, targets), hidden)[0])
+    with torch.no_grad():
+        recorder = record_operators(lambda: chunked_next_token_loss(hidden, matrix, targets))
+    assert recorder.count("aten::mm") == 1
+
+
+def record_operators(work: Any) -> list[str]:
+    from torch.profiler import profile
+
+    with profile() as seen:
+        work()
+    return [event.name for event in seen.events()]
+
+
+def test_rows_of_logits_are_not_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 4)
+    hidden, matrix, targets = inputs(4, 64)
+    assert record(lambda: whole(hidden, matrix, targets)).largest == 256 * VOCABULARY
+    assert record(lambda: chunked_next_token_loss(hidden, matrix, targets)).largest == 256 * HIDDEN
+
+
+def test_autocast_decides_the_type_of_the_products() -> None:
+    hidden, matrix, targets = inputs(3, 50, torch.float32)
+    expected = whole(hidden, matrix, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (f(hidden, matrix, targets) for f in (chunked_next_token_loss, whole))
+    assert found.dtype == torch.float32
+    assert found.item() != expected.item()
+    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (hidden, matrix)) for loss in (found, plain)), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
