@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from thoughtbubbles.data import PreparedData, load_prepared, prepare
 from thoughtbubbles.training.recipe import Recipe, load_recipe
 from thoughtbubbles.training.run import train
 
 BLOCK = 16
+PROCESSES = 4
 RECIPE = """
 model:
   num_hidden_layers: 3
@@ -67,6 +70,16 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def imagined_processes() -> Iterator[None]:
+    """This is the first of four processes; the others are only imagined."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def tiny_recipe(folder: Path, data: Path, *overrides: str) -> Recipe:

@@ -1,33 +1,17 @@
 """Memory of sharded training against what torch's FSDP2 leaves on a process."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-import torch.distributed
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.run_fixtures import PROCESSES
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import state_bytes
 from thoughtbubbles.parallel import process_bytes
+from thoughtbubbles.training.sharding import divide
 
-PROCESSES = 4
 CONFIG = ThoughtbubblesConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, fork_layers=[1, 2]
 )
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """The first of four processes; the others are only imagined."""
-    torch.distributed.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (PROCESSES,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def size(module: nn.Module) -> int:
@@ -45,11 +29,10 @@ def test_ddp_holds_everything_and_buckets_for_the_gradients() -> None:
     assert ours.total == alone.total + alone.gradients
 
 
-def test_fsdp_holds_the_share_that_torch_leaves_on_a_process(mesh: DeviceMesh) -> None:
+@pytest.mark.usefixtures("imagined_processes")
+def test_fsdp_holds_the_share_that_torch_leaves_on_a_process() -> None:
     model = ThoughtbubblesForCausalLM(CONFIG)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    divide(model, PROCESSES, "cpu", bfloat16=False)
     held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
     ours = process_bytes(CONFIG, processes=PROCESSES, sharding="fsdp")
     # torch divides each parameter by its rows, and the first process has what does not come out even.
@@ -63,9 +46,9 @@ def test_fsdp_gathers_the_rest_and_a_block_at_a_time(precision: str, item: int) 
     model = ThoughtbubblesForCausalLM(CONFIG)
     block = size(model.model.layers[0])
     rest = size(model) - CONFIG.num_hidden_layers * block
-    weights, gradients = rest + 2 * block, rest + block
-    found = process_bytes(CONFIG, precision, processes=PROCESSES, sharding="fsdp").exchange
-    assert found == item * (weights + gradients) + 4 * block
+    found = process_bytes(CONFIG, precision, processes=PROCESSES, sharding="fsdp")
+    assert found.exchange == 4 * 2 * rest + item * 3 * block + 4 * block
+    assert found.casts == (2 * model.lm_head.weight.numel() if precision == "bfloat16" else 0)
 
 
 def test_more_processes_hold_less_each_but_gather_as_much() -> None:

@@ -13,10 +13,10 @@ from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.accounting import cache_bytes, count_parameters, layer_widths, training_flops
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.parallel import SHARDINGS
 from thoughtbubbles.plan_table import closing_lines, costs_table, title
 from thoughtbubbles.planning import Plan, make_plan, parse_bytes
 from thoughtbubbles.training.meter import Meter
+from thoughtbubbles.training.recipe import SHARDINGS
 from thoughtbubbles.training.run import RunSummary
 from thoughtbubbles.training.rundata import load_run_data
 
@@ -186,16 +186,24 @@ def test_the_largest_micro_batch_divides_the_share_of_a_gpu() -> None:
     assert "a batch of 480 rows, 60 rows a GPU, that fits" in shown
     assert "Memory of training on each GPU" in shown
     assert "buffers of the exchange" in shown
-    assert "`train` has no FSDP yet" in shown
-    assert "`train` has no FSDP yet" not in text_of(plans[0])
 
 
 def test_a_recipe_on_several_gpus(tmp_path: Path, tiny_data: PreparedData) -> None:
     tiny_recipe(tmp_path, tiny_data.path)
     plan = make_plan(str(tmp_path / "recipe.yaml"), gpus=2)
     assert (plan.batch_size, plan.micro_batch_size) == (4, 2)
+    assert plan.sharding == "ddp"
     with pytest.raises(InputError, match=r"training\.batch_size=4: expected a multiple of the number of processes, 3"):
         make_plan(str(tmp_path / "recipe.yaml"), gpus=3)
+
+
+def test_a_recipe_that_divides_the_model(tmp_path: Path, tiny_data: PreparedData) -> None:
+    path = tmp_path / "divided.yaml"
+    tiny_recipe(tmp_path, tiny_data.path)
+    path.write_text("extends: recipe.yaml\ntraining: {sharding: fsdp}\n")
+    assert make_plan(str(path), gpus=2).sharding == "fsdp"
+    assert make_plan(str(path), gpus=2, sharding="ddp").sharding == "ddp"
+    assert make_plan(str(path)).sharding is None
 
 
 COMPARISON = """

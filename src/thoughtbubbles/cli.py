@@ -654,7 +654,8 @@ def plan(
     sharding: Annotated[
         str | None,
         typer.Option(
-            help="How they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; ddp if not given.",
+            help="How they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; if not given, "
+            "the recipe's, or ddp.",
             show_default=False,
         ),
     ] = None,

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from thoughtbubbles.accounting import WIDE, StateBytes, item_bytes, parameter_counts, state_bytes
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-
-SHARDINGS = ("ddp", "fsdp")
+from thoughtbubbles.training.recipe import SHARDINGS
 
 
 def process_bytes(
@@ -19,9 +18,10 @@ def process_bytes(
 
     With `ddp` every process holds everything, and buckets as large as the gradients, in which they are averaged. With
     `fsdp` (FSDP2, a group for each block and one for the rest) it holds its share of weights, gradients and moments,
-    and gathers in the precision of training: the rest for the whole step, a block while it is at work and the next one
-    while it arrives; beside them the gradients of both groups before they are shared out, a block's in float32 too.
-    The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps no copies.
+    and gathers the rest for the whole step, in float32, and in the precision of training a block while it is at work
+    and the next one while it arrives; beside them the gradients of both groups before they are shared out, a block's
+    in float32 too. The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps a copy of the
+    unembedding at most.
 
     Args:
         precision: float32 or bfloat16.
@@ -41,13 +41,14 @@ def process_bytes(
         return replace(whole, exchange=whole.gradients)
     block, rest = _groups(config)
     item = item_bytes(precision)
+    casts_unembedding = item < WIDE and config.merge == "probability"
     return StateBytes(
         weights=-(-whole.weights // processes),
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
-        casts=0,
+        casts=item * config.vocab_size * config.hidden_size if casts_unembedding else 0,
         loss=whole.loss,
-        exchange=item * (rest + 2 * block) + item * (rest + block) + WIDE * block,
+        exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )
 
 

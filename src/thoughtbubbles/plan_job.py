@@ -29,6 +29,7 @@ class Job:
         micro_batch_size: rows of one forward pass on one GPU.
         precision: float32 or bfloat16.
         checkpointing: whether activations are computed again in the backward pass.
+        sharding: how several GPUs share it, ddp or fsdp.
         steps: optimizer steps; None where nothing says how many.
         budgets: those that steps draw from, empty for the model's own.
         seed: by which they do.
@@ -41,6 +42,7 @@ class Job:
     micro_batch_size: int
     precision: str
     checkpointing: bool
+    sharding: str
     steps: int | None
     budgets: tuple[Budget, ...] = ()
     seed: int = 0
@@ -106,7 +108,7 @@ def _job_of_model(config: ThoughtbubblesConfig, batch_size: int | None, gpus: in
     if rows % gpus:
         raise InputError(f"batch_size={rows}: expected a multiple of gpus={gpus}")
     length = config.max_position_embeddings
-    return Job(config, length, rows, rows // gpus, "bfloat16", checkpointing=False, steps=None)
+    return Job(config, length, rows, rows // gpus, "bfloat16", checkpointing=False, sharding="ddp", steps=None)
 
 
 def _load_recipe(name: str, batch_size: int | None, variant: str | None) -> "Recipe":
@@ -164,6 +166,7 @@ def _job_of_recipe(recipe: "Recipe", gpus: int) -> Job:
         micro_batch_size=micro_batch_size,
         precision="bfloat16" if settings.precision == "auto" else settings.precision,
         checkpointing=settings.gradient_checkpointing,
+        sharding=settings.sharding,
         steps=settings.steps,
         budgets=tuple(settings.training_budgets or ()),
         seed=settings.seed,

@@ -26,8 +26,9 @@ from thoughtbubbles.accounting import (
 from thoughtbubbles.budget import Budget, parse_budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.parallel import SHARDINGS, process_bytes
+from thoughtbubbles.parallel import process_bytes
 from thoughtbubbles.plan_job import Job, at_budget, read_job
+from thoughtbubbles.training.recipe import SHARDINGS
 
 DEFAULT_MFU = 0.4
 USABLE_MEMORY = 0.9
@@ -176,10 +177,7 @@ class _Devices:
         """What a reader has to know of them."""
         if self.gpus == 1:
             return []
-        found = ["Times leave out what GPUs wait for each other."]
-        if self.sharding == "fsdp":
-            found.append("`train` has no FSDP yet: on several processes it runs DDP (docs/cluster.md).")
-        return found
+        return ["Times leave out what GPUs wait for each other."]
 
 
 def make_plan(
@@ -209,7 +207,8 @@ def make_plan(
         mfu: share of them that training reaches; None is 0.4.
         memory: of a device, such as 80GB or 24GiB.
         gpus: devices that train together.
-        sharding: how they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; None is ddp.
+        sharding: how they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; None is the
+            recipe's, or ddp.
         variant: of a comparison, where `name` is the recipe of one.
 
     Raises:
@@ -221,7 +220,7 @@ def make_plan(
     _check_precision(precision)
     available = None if memory is None else parse_bytes(memory)
     job = read_job(name, length, budget, batch_size, precision, gpus, variant)
-    devices = _Devices(gpus, sharding or SHARDINGS[0])
+    devices = _Devices(gpus, sharding or job.sharding)
     if tokens is not None:
         job = replace(job, steps=math.ceil(tokens / (job.batch_size * job.length)))
     rate = None if device_flops is None else gpus * device_flops * (mfu or DEFAULT_MFU)

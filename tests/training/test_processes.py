@@ -1,43 +1,93 @@
 """Several processes, started by torchrun, train the run that one process trains."""
 
-import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.run_fixtures import tiny_recipe
-from tests.training import sharded_worker
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.checkpoints import PREFIX
-from thoughtbubbles.training.run import RunSummary
+from thoughtbubbles.training.recipe import SHARDINGS
+from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.states import is_sharded
 
+# Quicker than a compiler of code.
+GRAPHS_ALONE = """
+from functools import partial
+from thoughtbubbles import cli
+from thoughtbubbles.training import trainer
+trainer.compile_model = partial(trainer.compile_model, backend="aot_eager")
+cli.main()
+"""
+# As if torch had not divided the model.
+UNDIVIDED = """
+from thoughtbubbles import cli
+from thoughtbubbles.training import trainer
+trainer.divide = lambda *_: None
+cli.main()
+"""
 NUMBERS = ("step", "tokens", "flops", "loss", "eval_loss", "learning_rate", "gate_grad_norm")
 
 
-def torchrun(*arguments: str) -> str:
-    """Start processes; what they printed."""
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Start processes."""
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def torchrun(*arguments: str) -> str:
+    """Run processes to their end; what they printed."""
+    running = start(*arguments)
+    out, error = running.communicate(timeout=300)
+    assert running.returncode == 0, error
+    return out
+
+
+def command(folder: Path, data: Path, processes: int, *overrides: str) -> list[str]:
+    """What trains the tiny recipe in `folder`."""
+    tiny_recipe(folder, data)
+    local = [f"--nproc-per-node={processes}", "--standalone"]
+    return [*local, "-m", "thoughtbubbles", "train", str(folder / "recipe.yaml"), *overrides]
+
+
+def with_script(folder: Path, script: str, arguments: list[str]) -> list[str]:
+    """The same with a script in the place of the package."""
+    path, place = folder / "script.py", arguments.index("-m")
+    path.write_text(script)
+    return [*arguments[:place], str(path), *arguments[place + 2 :]]
 
 
 def run(folder: Path, data: Path, processes: int, *overrides: str) -> str:
-    """Train the tiny recipe in `folder` with the command; what it printed."""
-    tiny_recipe(folder, data)
-    command = ["-m", "thoughtbubbles", "train", str(folder / "recipe.yaml"), *overrides]
-    return torchrun(f"--nproc-per-node={processes}", "--standalone", *command)
+    """Train the tiny recipe in `folder`; what the command printed."""
+    return torchrun(*command(folder, data, processes, *overrides))
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
     return [{name: row[name] for name in NUMBERS if name in row} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_curve(run: Path, other: Path) -> None:
+    for row, one in zip(numbers(run), numbers(other), strict=True):
+        assert row == pytest.approx(one, rel=1e-4)
+
+
+def take_back_the_end(run: Path) -> None:
+    """As if it had been killed after its checkpoint at step 8."""
+    for leaving in ("summary.json", f"checkpoints/{PREFIX}12/seal.json"):
+        (run / leaving).unlink()
 
 
 @pytest.mark.long
@@ -46,17 +96,93 @@ def test_two_processes_train_the_run_of_one_and_either_goes_on_with_the_other(
 ) -> None:
     printed = run(tmp_path, tiny_data.path, 2)
     assert printed.count("validation loss") == 1
-    expected = numbers(tiny_run)
-    for row, one in zip(numbers(tmp_path / "run"), expected, strict=True):
-        assert row == pytest.approx(one, rel=1e-4)
+    assert_same_curve(tmp_path / "run", tiny_run)
     for processes in (1, 2):
-        # As if the run had been killed after its checkpoint at step 8.
-        for leaving in ("summary.json", f"checkpoints/{PREFIX}12/seal.json"):
-            (tmp_path / "run" / leaving).unlink()
+        take_back_the_end(tmp_path / "run")
         run(tmp_path, tiny_data.path, processes)
-        for row, one in zip(numbers(tmp_path / "run"), expected, strict=True):
-            assert row == pytest.approx(one, rel=1e-4)
+        assert_same_curve(tmp_path / "run", tiny_run)
     assert RunSummary.read(tmp_path / "run").eval_loss == pytest.approx(RunSummary.read(tiny_run).eval_loss, rel=1e-4)
+
+
+@pytest.mark.long
+def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
+    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData
+) -> None:
+    printed = run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
+    assert printed.count("validation loss") == 1
+    assert_same_curve(tmp_path / "run", tiny_run)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", tiny_run)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    assert is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}8")
+    take_back_the_end(tmp_path / "run")
+    run(tmp_path, tiny_data.path, 1, "training.sharding=fsdp")
+    assert_same_curve(tmp_path / "run", tiny_run)
+    assert not is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
+
+
+@pytest.mark.long
+def test_a_run_of_one_process_goes_on_divided_over_two(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    take_back_the_end(tmp_path / "run")
+    run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
+    assert_same_curve(tmp_path / "run", tiny_run)
+    assert is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_gradients_that_accumulate_are_those_of_the_whole_batch(
+    tmp_path: Path, tiny_data: PreparedData, sharding: str
+) -> None:
+    """Untied, checkpointed, and with an evaluation in which one process has fewer rows than the other."""
+    shape = ["model.tie_word_embeddings=false", "training.gradient_checkpointing=true", "data.eval_blocks=5"]
+    (tmp_path / "one").mkdir()
+    train(tiny_recipe(tmp_path / "one", tiny_data.path, *shape), progress=False)
+    run(tmp_path, tiny_data.path, 2, *shape, "training.micro_batch_size=1", f"training.sharding={sharding}")
+    assert_same_curve(tmp_path / "run", tmp_path / "one" / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_a_compiled_model(
+    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData, sharding: str
+) -> None:
+    overrides = ["training.compile=true", f"training.sharding={sharding}"]
+    torchrun(*with_script(tmp_path, GRAPHS_ALONE, command(tmp_path, tiny_data.path, 2, *overrides)))
+    assert_same_curve(tmp_path / "run", tiny_run)
+
+
+@pytest.mark.long
+def test_killing_one_of_two_processes_ends_the_run_which_then_goes_on(tmp_path: Path, tiny_data: PreparedData) -> None:
+    longer = ["training.sharding=fsdp", "training.steps=40"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "whole", tiny_data.path, 2, *longer)
+    killed = tmp_path / "killed" / "run"
+    running = start(*command(tmp_path / "killed", tiny_data.path, 2, *longer))
+    while not (killed / "checkpoints" / f"{PREFIX}8").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(running.pid).children()
+    (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode != 0, error
+    assert not any(worker.is_running() for worker in workers)
+    assert not (killed / "summary.json").exists()
+    run(tmp_path / "killed", tiny_data.path, 2, *longer)
+    assert numbers(killed) == numbers(tmp_path / "whole" / "run")
+    assert RunSummary.read(killed).eval_loss == RunSummary.read(tmp_path / "whole" / "run").eval_loss
+
+
+@pytest.mark.long
+def test_a_run_that_is_not_divided_as_the_recipe_says_does_not_start(tmp_path: Path, tiny_data: PreparedData) -> None:
+    arguments = command(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
+    running = start(*with_script(tmp_path, UNDIVIDED, arguments))
+    _, error = running.communicate(timeout=300)
+    assert running.returncode != 0
+    assert "training.sharding=fsdp on 2 process(es): expected every weight divided by FSDP2, found a model" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.long
@@ -66,23 +192,20 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path: Path, tiny_data: Prep
 
 
 @pytest.mark.long
+def test_benchmarks_are_not_scored_with_a_share_of_the_model(tmp_path: Path, tiny_data: PreparedData) -> None:
+    with pytest.raises(AssertionError, match=r"expected null with training\.sharding=fsdp"):
+        run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp", "training.eval_tasks=[gsm8k]")
+
+
+@pytest.mark.long
 def test_two_nodes_train_the_run_of_one_process(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     tiny_recipe(tmp_path, tiny_data.path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     meeting = ["--rdzv-id=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
-    command = ["-m", "thoughtbubbles", "train", str(tmp_path / "recipe.yaml")]
+    trains = ["-m", "thoughtbubbles", "train", str(tmp_path / "recipe.yaml")]
     with ThreadPoolExecutor(2) as nodes:
-        printed = list(nodes.map(lambda _: torchrun("--nnodes=2", "--nproc-per-node=1", *meeting, *command), range(2)))
+        printed = list(nodes.map(lambda _: torchrun("--nnodes=2", "--nproc-per-node=1", *meeting, *trains), range(2)))
     assert "".join(printed).count("validation loss") == 1
-    for row, one in zip(numbers(tmp_path / "run"), numbers(tiny_run), strict=True):
-        assert row == pytest.approx(one, rel=1e-4)
-
-
-@pytest.mark.long
-def test_a_model_that_torch_shards_learns_as_on_one_process() -> None:
-    """`train` does not shard yet; that the model can be sharded is what it will rest on."""
-    found = json.loads(torchrun("--nproc-per-node=2", "--standalone", "-m", sharded_worker.__name__))
-    assert found == pytest.approx(sharded_worker.losses(), rel=1e-4)
-    assert len(set(found)) == sharded_worker.STEPS
+    assert_same_curve(tmp_path / "run", tiny_run)

@@ -83,6 +83,7 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("model.pretrained=m", "model.preset and model.pretrained: expected at most one"),
         ("training.micro_batch_size=0", "training.micro_batch_size=0: expected at least 1"),
         ("training.precision=half", "training.precision='half': expected one of auto, float32, bfloat16"),
+        ("training.sharding=zero", "training.sharding='zero': expected one of ddp, fsdp"),
         ("training.training_budgets=2", "training.training_budgets=2: expected a list or null"),
         ("training.training_budgets=[]", "training.training_budgets=[]: expected budgets, such as [1, 2], or null"),
         ("training.eval_budgets=[2, 0.5]", "training.eval_budgets[1]: budget=0.5: expected a number"),
@@ -112,6 +113,10 @@ def test_bad_overrides_say_what_was_expected(tmp_path: Path, override: str, mess
         ("task: dance\n" + MINIMAL, "task='dance': expected pretrain or sft"),
         ("task: sft\n" + MINIMAL, "unknown key data.path"),
         ("task: sft\ndata: {}\ntraining: {output: o, steps: 3}\n", "data.source is missing"),
+        (
+            "task: sft\ndata: {source: rows.jsonl}\ntraining: {output: o, steps: 3, compile: true}\n",
+            "training.compile=true: expected task=pretrain, whose rows are all of one length",
+        ),
     ],
 )
 def test_bad_files_say_what_was_expected(tmp_path: Path, text: str, message: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark, check_files, load_benchmark, parse_tasks
@@ -64,7 +65,8 @@ class TaskScores(MetricsWriter):
         model = kwargs["model"]
         was_training = model.training
         row: dict[str, float | None] = {"step": state.global_step}
-        with quiet_harness(progress=False):
+        # Of a compiled model too: rows of all lengths and caches would each want a graph.
+        with quiet_harness(progress=False), torch.compiler.set_stance("force_eager"):
             lm = adapter()(
                 model,
                 tokenizer=kwargs["processing_class"],

@@ -1,7 +1,6 @@
 """What the gates do while a model trains: streams, bubbles and scores after each fork layer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from thoughtbubbles.gate import ForkGate
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.training.sharding import whole
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # torch.quantile takes no more numbers than this.
@@ -25,18 +25,18 @@ class ForkStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self._gates = {name.rpartition(".")[2]: gate for name, gate in model.named_modules() if type(gate) is ForkGate}
+        # They stay: a compiled graph would not notice hooks that come later.
+        self._taps = {layer: _Tap(gate) for layer, gate in self._gates.items()}
         self._sizes: dict[str, list[Tensor]] = {}
         self._scores: dict[str, list[Tensor]] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note what the gates do in the forward passes inside the block."""
-        hooks = [gate.register_forward_hook(self._note_as(layer)) for layer, gate in self._gates.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def watch(self) -> None:
+        """Note what the gates did in the last forward pass."""
+        for layer, tap in self._taps.items():
+            assert tap.streams is not None
+            sizes = tap.streams.bubble_sizes()
+            self._sizes.setdefault(layer, []).append(sizes[sizes > 0])
+            self._scores.setdefault(layer, []).append(tap.streams.log_score[tap.streams.alive])
 
     def summary(self) -> dict[str, float]:
         """The figures of what was watched since the last summary."""
@@ -54,17 +54,19 @@ class ForkStatistics:
     def gradient_norm(self) -> float:
         """Norm of the gradient of all gates' parameters."""
         gradients = [p.grad for gate in self._gates.values() for p in gate.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(whole)
+        return float(whole(nn.utils.get_total_norm(gradients)))
 
     def __bool__(self) -> bool:
         return bool(self._gates)
 
-    def _note_as(self, layer: str) -> Any:
-        def note(_module: nn.Module, _arguments: Any, streams: Streams) -> None:
-            sizes = streams.bubble_sizes()
-            self._sizes.setdefault(layer, []).append(sizes[sizes > 0].flatten())
-            self._scores.setdefault(layer, []).append(streams.log_score.detach()[streams.alive])
 
-        return note
+class _Tap:
+    """The streams that left a gate last, without their residuals."""
+
+    def __init__(self, gate: ForkGate) -> None:
+        self.streams: Streams | None = None
+        gate.register_forward_hook(self._note)
+
+    def _note(self, _gate: nn.Module, _arguments: Any, streams: Streams) -> None:
+        nothing = streams.log_score.new_zeros(*streams.token.shape, 0)
+        self.streams = replace(streams, residual=nothing, log_score=streams.log_score.detach())

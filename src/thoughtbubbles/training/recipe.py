@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Section = TypeVar("Section", bound="DataclassInstance")
 TASKS = ("pretrain", "sft")
 PRECISIONS = ("auto", "float32", "bfloat16")
+SHARDINGS = ("ddp", "fsdp")
 REPORTERS = ("tensorboard", "wandb")
 MODEL_SOURCES = ("preset", "pretrained")
 BLOCK_SOURCES = ("path", "mixture", "stream")
@@ -139,6 +140,16 @@ class TrainingSection:
     eval_tasks_dir: str | None = option("folder of their files; null takes them from the Hugging Face hub", None)
     eval_tasks_documents: int = option("documents of each, evenly spread", 32)
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
+    sharding: str = option(
+        "how the processes of torchrun share the model: ddp, a whole one on each, or fsdp, its weights, gradients and "
+        "moments divided over them (FSDP2); one process holds everything",
+        "ddp",
+    )
+    compile: bool = option(
+        "compile the model with torch.compile, once for each budget in training and in evaluation; with fsdp block by "
+        "block",
+        False,
+    )
     log_every: int = option("steps between lines in metrics.jsonl", 10)
     eval_every: int = option("steps between evaluations", 100)
     save_every: int = option("steps between checkpoints", 200)
@@ -363,6 +374,8 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         data=_parse_data(task, content.get("data", {})),
         training=_check_training(parse_section(TrainingSection, "training", content.get("training", {}))),
     )
+    if recipe.training.compile and task == "sft":
+        raise RecipeError("training.compile=true: expected task=pretrain, whose rows are all of one length")
     if isinstance(recipe.data, StreamSection):
         stream_lanes(recipe.data, recipe.training.batch_size)
     return recipe
@@ -530,6 +543,8 @@ def _check_training(training: TrainingSection) -> TrainingSection:
         )
     if training.precision not in PRECISIONS:
         raise RecipeError(f"training.precision={training.precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if training.sharding not in SHARDINGS:
+        raise RecipeError(f"training.sharding={training.sharding!r}: expected one of {', '.join(SHARDINGS)}")
     for name in ("training_budgets", "eval_budgets"):
         if getattr(training, name) == []:
             raise RecipeError(f"training.{name}=[]: expected budgets, such as [1, 2], or null")

@@ -109,6 +109,8 @@ def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCall
         checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
         if checkpoint is not None:
             say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
+        if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
+            say("training.sharding=fsdp: one process holds everything", progress)
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config)
@@ -172,7 +174,8 @@ def check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
     """
     # Read as a recipe, so that a key that came into being since has its default.
     stored, ours = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(output / RECIPE_NAME), recipe))
-    ours["training"]["output"] = stored["training"]["output"]  # a run may be moved
+    for key in ("output", "sharding"):  # a run may be moved, and shared otherwise
+        ours["training"][key] = stored["training"][key]
     if changed := list(differences(stored, ours)):
         raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")
     if json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["data"] != data.identity:
@@ -273,7 +276,7 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """The Trainer's arguments.
 
     Raises:
-        RecipeError: if the processes cannot share the batch.
+        RecipeError: if the processes cannot share the batch, or would score benchmarks with a share of the model.
     """
     settings = recipe.training
     arguments = TrainingArguments(
@@ -312,6 +315,11 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     )
     # A process uses one device; torchrun starts more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if settings.eval_tasks is not None and settings.sharding == "fsdp" and arguments.world_size > 1:
+        raise RecipeError(
+            f"training.eval_tasks={settings.eval_tasks}: expected null with training.sharding=fsdp, where the process "
+            "that scores does not hold the model"
+        )
     micro, passes = check_batch(recipe, arguments.world_size)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
     arguments.gradient_accumulation_steps = passes

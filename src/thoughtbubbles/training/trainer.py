@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import nested_gather
 
 from thoughtbubbles.budget import Budget
@@ -22,12 +24,15 @@ from thoughtbubbles.errors import RunError, RunInterrupted
 from thoughtbubbles.files import partial_path, replacing, write_text
 from thoughtbubbles.loss import IGNORE_INDEX
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.training import states
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
+from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.interruption import StopRequest, interrupted
 from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_memory
 from thoughtbubbles.training.recipe import Recipe
-from thoughtbubbles.training.rundata import RunData, Validation
+from thoughtbubbles.training.rundata import Batch, Rows, RunData, Validation
+from thoughtbubbles.training.sharding import check_sharding, divide, release, whole
 from thoughtbubbles.training.streaming import StreamedBlocks
 
 LOSS_SUM_NAME = "loss_sum.json"
@@ -72,6 +77,12 @@ class BubbleTrainer(Trainer):
         self._fork_figures: dict[str, float] = {}
         self._micro_losses: list[Tensor] = []
         self._evaluated: tuple[int, float] | None = None
+        self._divided = recipe.training.sharding == "fsdp" and arguments.world_size > 1
+        if self._divided:
+            # Not left to accelerate: on CPUs it runs DDP instead, and it would divide the gates by themselves.
+            divide(model, arguments.world_size, arguments.device.type, bool(arguments.bf16))
+        if recipe.training.compile:
+            compile_model(model, self._divided)
         super().__init__(
             model=model,
             args=arguments,
@@ -79,9 +90,12 @@ class BubbleTrainer(Trainer):
             train_dataset=data.samples,
             eval_dataset=next(iter(data.validation.values())).rows,
             processing_class=data.tokenizer,
-            callbacks=[self.clock, _LossSum(self, checkpoint), *callbacks],
+            callbacks=[_ShardingCheck(self), self.clock, _LossSum(self, checkpoint), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if self._divided:
+            # Autocast alone; a model that is prepared is not wrapped for DDP later on.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters of two or more dimensions."""
@@ -114,8 +128,9 @@ class BubbleTrainer(Trainer):
         if settings.training_budgets is not None:
             inputs = {**inputs, "budget": budget_of_step(settings.training_budgets, settings.seed, step)}
         inputs = {**inputs, "return_logits": False}
-        with self.forks.watching() if self._is_logged(step) else nullcontext():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._is_logged(step):
+            self.forks.watch()
         self._micro_losses.append(loss)
         return loss
 
@@ -123,7 +138,7 @@ class BubbleTrainer(Trainer):
         """Clip; before that note what is logged, and stop if the step would spoil the weights."""
         if self.forks and self._is_logged(self.state.global_step + 1):
             self._fork_figures = {**self.forks.summary(), "gate_grad_norm": self.forks.gradient_norm()}
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         if not math.isfinite(float(norm)):
             self._diverge(float(norm))
         self._micro_losses = []
@@ -178,19 +193,12 @@ class BubbleTrainer(Trainer):
     @torch.no_grad()
     def _mean_loss(self, validation: Validation, rows: int | None, budget: Budget | None) -> float:
         """Mean over all targets, each process measuring its share of the rows."""
-        ours = spread(len(validation.rows), rows)[self.args.process_index :: self.args.world_size]
-        loader: DataLoader[Any] = DataLoader(
-            Subset(validation.rows, ours),  # type: ignore[arg-type]
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.data.collate,
-            generator=torch.Generator(),
-        )
         model = self.model
         assert model is not None
         was_training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in loader:
+        for batch in self._eval_batches(validation.rows, rows):
             if self.stop.requested and self.args.world_size == 1:
                 raise interrupted(self.stop, self.state.global_step)
             inputs = self._prepare_inputs(batch)
@@ -200,8 +208,30 @@ class BubbleTrainer(Trainer):
             sums += torch.stack([loss.double(), targets.sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
+        release(model)
         total, targets = self.accelerator.reduce(sums, "sum").tolist()
         return total / targets if targets else math.nan
+
+    def _eval_batches(self, validation: Rows, rows: int | None) -> Iterator[Batch]:
+        """The batches of this process.
+
+        A divided model needs as many on all processes, and a compiled one wants all of one shape: they are filled up
+        with a row that has no targets.
+        """
+        picked, size = spread(len(validation), rows), self.args.per_device_eval_batch_size
+        ours = picked[self.args.process_index :: self.args.world_size]
+        filled = 0
+        if self._divided or self.recipe.training.compile:
+            filled = math.ceil(len(picked) / (size * self.args.world_size)) * size - len(ours)
+        loader: DataLoader[Any] = DataLoader(
+            Subset(validation, [*ours, *picked[:1] * filled]),  # type: ignore[arg-type]
+            batch_size=size,
+            collate_fn=self.data.collate,
+            generator=torch.Generator(),
+        )
+        for number, batch in enumerate(loader):
+            batch["labels"][max(0, len(ours) - number * size) :] = IGNORE_INDEX
+            yield batch
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """After a step: if a signal asks to stop, save and stop."""
@@ -262,6 +292,64 @@ class BubbleTrainer(Trainer):
         evaluated = self._evaluated
         seal(partial, step, evaluated[1] if evaluated and evaluated[0] == step else None)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for others to load. The checkpoint of a divided one holds its weights in another form."""
+        if not self._divided:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            self._save(output_dir, state_dict=states.whole_weights(self._bare_model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """A divided model goes with its moments: each process writes its share of both."""
+        if not self._divided:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        states.save_sharded(Path(output_dir), self._bare_model, self._bare_optimizer)
+        assert self.lr_scheduler is not None
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights, whole or divided, into a model that is whole or divided."""
+        checkpoint = Path(resume_from_checkpoint)
+        if states.is_sharded(checkpoint):
+            states.load_sharded_weights(checkpoint, self._bare_model)
+        elif self._divided:
+            states.divide_whole_weights(checkpoint, self._bare_model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The same of moments; the schedule is stored alike."""
+        folder = Path(checkpoint or "")
+        if checkpoint is None or not (self._divided or states.is_sharded(folder)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.lr_scheduler is not None
+        load = states.load_sharded_moments if states.is_sharded(folder) else states.divide_whole_moments
+        load(folder, self._bare_model, self._bare_optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self._bare_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """A divided model is there already."""
+        if not self._divided:
+            super()._move_model_to_device(model, device)
+
+    @property
+    def _bare_model(self) -> ThoughtbubblesForCausalLM:
+        """The model without what wraps it."""
+        assert isinstance(self.model, ThoughtbubblesForCausalLM)
+        return self.model
+
+    @property
+    def _bare_optimizer(self) -> Optimizer:
+        """The optimizer without accelerate's wrapping."""
+        optimizer: Any = self.optimizer
+        bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return bare
+
     def _is_logged(self, step: int) -> bool:
         return step % self.recipe.training.log_every == 0
 
@@ -298,6 +386,17 @@ class _From(Sampler[int]):
 
     def __len__(self) -> int:
         return self._total
+
+
+class _ShardingCheck(TrainerCallback):
+    """Refuses to train a model that is not shared as the recipe says."""
+
+    def __init__(self, trainer: BubbleTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Called when the Trainer has wrapped the model."""
+        check_sharding(self._trainer.model_wrapped, self._trainer.recipe.training.sharding, args.world_size)
 
 
 class _LossSum(TrainerCallback):

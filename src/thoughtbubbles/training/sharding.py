@@ -1,0 +1,86 @@
+"""Weights, gradients and moments divided over the processes: torch's FSDP2 (`fully_shard`)."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from thoughtbubbles.errors import RunError
+from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+
+
+def divide(model: ThoughtbubblesForCausalLM, processes: int, device: str, bfloat16: bool) -> None:
+    """Leave this process its share of every parameter, in place.
+
+    A group for each block, gathered while the block is at work, and one for the rest, gathered for the whole step. The
+    gates are of the rest: streams pass through them in a class of their own, in which torch finds no tensors to hook.
+
+    With `bfloat16` the blocks are gathered so, and the products are autocast's as with DDP: copies that autocast made
+    of float32 weights would stay whole until the backward pass. Gradients are averaged in float32. The rest stays
+    float32, with it the residual streams and the gates. On CPUs, whose LayerNorm takes no weights of another type than
+    its input's, all is gathered in float32.
+
+    Args:
+        device: type of device that the processes compute on.
+    """
+    mesh = init_device_mesh(device, (processes,))
+    narrow = torch.bfloat16 if bfloat16 and device != "cpu" else None
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def release(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward one left gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def check_sharding(model: nn.Module, sharding: str, processes: int) -> None:
+    """Check that the model which is about to be trained is shared by the processes as the recipe says.
+
+    Args:
+        model: as it will be called, wrapped or not.
+
+    Raises:
+        RunError: if it is not.
+    """
+    # A single process that torchrun started may be wrapped too, for an exchange with nobody.
+    expected = [sharding] if processes > 1 else ["whole", "ddp"]
+    found = _sharding_of(model, processes)
+    if found not in expected:
+        words = {
+            "whole": "a model that nothing shares",
+            "ddp": "one that DDP copies to all of them",
+            "fsdp": "every weight divided by FSDP2",
+            "mixed": "weights of which some are divided otherwise or not at all",
+        }
+        raise RunError(
+            f"training.sharding={sharding} on {processes} process(es): expected {words[expected[0]]}, found "
+            f"{words[found]}: not started"
+        )
+
+
+def _sharding_of(model: nn.Module, processes: int) -> str:
+    divided = [_is_divided(parameter, processes) for parameter in model.parameters()]
+    if isinstance(model, DistributedDataParallel):
+        return "mixed" if any(divided) else "ddp"
+    if isinstance(model, FSDPModule) and all(divided):
+        return "fsdp"
+    return "mixed" if isinstance(model, FSDPModule) or any(divided) else "whole"
+
+
+def _is_divided(parameter: Tensor, processes: int) -> bool:
+    """Whether each of so many processes holds its share of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return parameter.device_mesh.size() == processes and all(place.is_shard() for place in parameter.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes, which must all ask."""
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered
