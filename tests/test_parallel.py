@@ -48,7 +48,15 @@ def test_fsdp_gathers_the_rest_and_a_block_at_a_time(precision: str, item: int) 
     rest = size(model) - CONFIG.num_hidden_layers * block
     found = process_bytes(CONFIG, precision, processes=PROCESSES, sharding="fsdp")
     assert found.exchange == 4 * 2 * rest + item * 3 * block + 4 * block
-    assert found.casts == (2 * model.lm_head.weight.numel() if precision == "bfloat16" else 0)
+    assert found.casts == 0
+    assert found.loss == state_bytes(CONFIG, precision).loss > 4 * model.lm_head.weight.numel()
+
+
+def test_fsdp_keeps_a_copy_of_an_unembedding_that_decodes_every_stream() -> None:
+    config = ThoughtbubblesConfig(**{**CONFIG.to_dict(), "merge": "probability"})
+    copy = 2 * config.vocab_size * config.hidden_size
+    assert process_bytes(config, "bfloat16", processes=PROCESSES, sharding="fsdp").casts == copy
+    assert process_bytes(config, "float32", processes=PROCESSES, sharding="fsdp").casts == 0
 
 
 def test_more_processes_hold_less_each_but_gather_as_much() -> None:
