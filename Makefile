@@ -11,7 +11,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
-	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (a night on a CPU)"
+	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (two hours on two CPU cores)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"

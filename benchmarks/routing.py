@@ -2,8 +2,8 @@
 
 A router sees candidates as they stand before the last of three fork layers: as many streams as the budget allows, each
 offering a fork and a keep. Its time is set beside that of a block over the streams that it lets through, forward alone
-for both. Memory is what a process of its own holds at most in attention, forward and backward, beyond what it held
-before; on a GPU what tensors hold.
+for both. Memory is what PyTorch's allocator holds at most in attention, forward and backward, its inputs and their
+gradients included.
 
 The last line is JSON: the settings, the machine, and a row for each router, budget and length, and for each width.
 """
@@ -12,16 +12,15 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.attention import attenuated_attention, rotary_angles
@@ -31,22 +30,18 @@ from thoughtbubbles.gate import pack_left
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesBlock
 from thoughtbubbles.streams import Streams
-from thoughtbubbles.training.meter import peak_memory
 
 
 def main() -> None:
-    """Measure, or be the process whose memory is measured."""
+    """Measure both."""
     arguments = parse_arguments()
-    if arguments.memory_of is not None:
-        print(attention_memory(arguments.memory_of, arguments))
-        return
     rows = [
         measure(router, parse_budget(budget), length, arguments)
         for router in ("causal", "topk")
         for budget in arguments.budgets
         for length in arguments.lengths
     ]
-    memory = [{"streams": streams, "bytes": memory_in_a_process(streams, arguments)} for streams in arguments.widths]
+    memory = [{"streams": streams, "bytes": attention_memory(streams, arguments)} for streams in arguments.widths]
     for row in memory:
         each = row["bytes"] / row["streams"]
         print(f"attention over {row['streams']:>6} streams {row['bytes'] / 1e6:>9.1f} MB, {each:,.0f} bytes a stream")
@@ -67,7 +62,6 @@ def parse_arguments() -> argparse.Namespace:
         "--precision", choices=["float32", "bfloat16"], default="float32", help="of the memory's attention"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -113,29 +107,25 @@ def median(work: Callable[[], Any], arguments: argparse.Namespace) -> float:
     return statistics.median(times[1:])
 
 
-def memory_in_a_process(streams: int, arguments: argparse.Namespace) -> int:
-    """`attention_memory`, measured in a process that does nothing else."""
-    command = [sys.executable, __file__, "--memory-of", str(streams)]
-    command += ["--precision", arguments.precision, "--device", arguments.device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
 def attention_memory(streams: int, arguments: argparse.Namespace) -> int:
-    """Bytes that this process holds at most in attention over one row of 12 heads of 64, beyond what it held before."""
+    """Bytes held at most in attention over one row of 12 heads of 64."""
     dtype, device = getattr(torch, arguments.precision), torch.device(arguments.device)
 
-    def work(width: int) -> None:
-        q, k, v = (torch.randn(1, 12, width, 64, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-        log_score = (-torch.rand(1, width, device=device)).requires_grad_()
+    def work() -> None:
+        q, k, v = (torch.randn(1, 12, streams, 64, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+        log_score = (-torch.rand(1, streams, device=device)).requires_grad_()
         attenuated_attention(q, k, v, log_score, "paper").sum().backward()
 
-    work(64)  # what libraries take once
-    if (peaks := Path("/proc/self/clear_refs")).exists():
-        peaks.write_text("5")  # begin anew: what was held in starting up hides what comes
-    before = peak_memory(device)
-    work(streams)
-    return peak_memory(device) - before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    results: Any = seen.profiler.kineto_results  # no public name has single allocations
+    changes = sorted((each.start_ns(), each.nbytes()) for each in results.events() if each.name() == "[memory]")
+    return int(max(accumulate(change for _, change in changes)))
 
 
 def now(device: str) -> float:

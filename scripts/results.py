@@ -98,7 +98,7 @@ def training_table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     precision = settings["precision"] + (", compiled" if settings["compile"] else "")
     facts = (
-        f"Preset {settings['preset']}, vocabulary {settings['vocab_size']:,}, {settings['batch_size']} rows of "
+        f"Preset {settings['preset']}, vocabulary {settings['vocab_size']:,}, batches of {settings['batch_size']} x "
         f"{settings['length']} tokens, {precision}; medians of {settings['rounds']} steps. "
         f"Peak {result['matmul_peak'] / 1e9:,.0f} GFLOP/s. {_made(result['machine'])}."
     )
@@ -125,7 +125,7 @@ def routing_tables(result: dict[str, Any]) -> str:
     ]
     settings = result["settings"]
     facts = (
-        f"Routing: forward of {settings['batch_size']} rows, preset {settings['preset']}, medians of "
+        f"Routing: forward of batches of {settings['batch_size']}, preset {settings['preset']}, medians of "
         f"{settings['rounds']}. Memory: {settings['precision']}, one row, 12 heads of 64. {_made(result['machine'])}."
     )
     return "\n\n".join(
