@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from clock import now
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.attention import attenuated_attention, rotary_angles
 from thoughtbubbles.budget import parse_budget
@@ -126,13 +126,6 @@ def attention_memory(streams: int, arguments: argparse.Namespace) -> int:
     results: Any = seen.profiler.kineto_results  # no public name has single allocations
     changes = sorted((each.start_ns(), each.nbytes()) for each in results.events() if each.name() == "[memory]")
     return int(max(accumulate(change for _, change in changes)))
-
-
-def now(device: str) -> float:
-    """Seconds, when the device has done its work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ milliseconds, the share of the peak and, where parts are timed, the milliseconds
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from clock import now
 from parts import part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import dense_twin, layer_widths, training_flops
@@ -234,13 +234,6 @@ def matmul_peak(arguments: argparse.Namespace) -> float:
 def autocast(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
     """As in training in the precision asked for."""
     return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bfloat16")
-
-
-def now(device: str) -> float:
-    """Seconds, when the device has done its work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
