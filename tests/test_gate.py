@@ -17,8 +17,8 @@ from thoughtbubbles.streams import Streams
 ALL = Fraction(8)  # a budget that lets every candidate survive
 
 
-def random_gate(seed: int = 0, routing: str = "causal") -> ForkGate:
-    gate = ForkGate(tiny_config(routing=routing))
+def random_gate(seed: int = 0, **rules: str) -> ForkGate:
+    gate = ForkGate(tiny_config(**rules))
     randomise(gate, seed)
     return gate
 
@@ -68,6 +68,31 @@ def test_the_score_of_a_root_is_multiplied_by_its_keep_score() -> None:
     out = gate(streams, Fraction(1))
     assert torch.equal(out.log_score[0], gate.candidate_scores(streams)[0, 1::2])
     assert (out.log_score[0] < 0).all()
+
+
+def test_with_scores_of_forks_alone_a_root_keeps_its_score() -> None:
+    learned, forks = random_gate(), random_gate(gate_scores="forks")
+    before = learned(entering(), ALL)
+    roots = before.is_root
+    theirs, ours = (gate.candidate_scores(before).unflatten(1, (-1, 2)) for gate in (learned, forks))
+    assert torch.equal(ours[..., 1][roots], before.log_score[roots])
+    assert torch.equal(ours[..., 1][~roots], theirs[..., 1][~roots])
+    assert torch.equal(ours[..., 0], theirs[..., 0])
+
+
+def test_a_root_is_never_attenuated_by_scores_of_forks_alone() -> None:
+    first = random_gate(gate_scores="forks")(entering(), ALL)
+    second = random_gate(1, gate_scores="forks")(first, ALL)
+    assert (second.log_score[second.is_root] == 0).all()
+    assert (second.log_score[second.alive & ~second.is_root] < 0).all()
+
+
+def test_fixed_scores_are_one_half_whatever_the_stream() -> None:
+    gate = random_gate(gate_scores="fixed")
+    assert [name for name, _ in gate.named_parameters()] == ["fork_embedding"]
+    before = random_gate()(entering(), ALL)
+    expected = before.log_score.repeat_interleave(2, 1) + math.log(0.5)
+    assert torch.allclose(gate.candidate_scores(before), expected, rtol=0, atol=1e-6)
 
 
 def test_surviving_forks_get_the_fork_embedding_and_keeps_do_not() -> None:

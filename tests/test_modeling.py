@@ -40,6 +40,7 @@ from thoughtbubbles.streams import Streams
 
 FACTORS: dict[str, list[Any]] = {
     "routing": ["causal", "topk", "none", "random", "random-topk", "uniform"],
+    "gate_scores": ["learned", "forks", "fixed"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],
     "budget": [1, 1.2, 1.5, 2, 3.25, 4],

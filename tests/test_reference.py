@@ -44,6 +44,7 @@ class Config:
     fork_layers: list[int] = field(default_factory=lambda: [0, 1])
     budget: int | float | str | Fraction = 1.5
     routing: str = "causal"
+    gate_scores: str = "learned"
     attenuation: str = "paper"
     merge: str = "residual"
     random_rule: str = "causal"

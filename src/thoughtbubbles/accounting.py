@@ -127,7 +127,7 @@ def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
     hidden, inner, bias = config.hidden_size, _inner(config), int(config.use_bias)
     norm = hidden * (1 + bias)
     block = 2 * norm + _block_matrix(config) + bias * (5 * hidden + inner)
-    gate = norm + 2 * hidden + hidden
+    gate = hidden + (0 if config.gate_scores == "fixed" else norm + 2 * hidden)
     pauses = (int(config.exact_budget()) - 1) * hidden if config.routing == "pause" else 0
     return ParameterCounts(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
@@ -156,7 +156,7 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
     total = 0
     for layer, width in enumerate(entering[1:]):
         total += 2 * width * _block_matrix(config) + 4 * width * width * hidden
-        if layer in config.gated_layers:
+        if layer in config.gated_layers and config.gate_scores != "fixed":
             total += 2 * entering[layer] * 2 * hidden
     decoded = entering[-1] if config.merge == "probability" else length
     return total + 2 * decoded * hidden * config.vocab_size
@@ -317,7 +317,7 @@ def _saved_by_block(config: ThoughtbubblesConfig, layer: int, precision: str, de
 def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int:
     """Bytes that autograd saves in a gate with so many streams before and after it, in float32 all."""
     scoring = 2 * config.hidden_size + 2 + 3 * 2  # before the norm, after it, of it; three steps of the log sigmoid
-    if config.attenuation == "none" and config.merge == "root":
+    if config.gate_scores == "fixed" or (config.attenuation == "none" and config.merge == "root"):
         scoring = 0  # scores have no effect that a gradient could pass
     # Two indices of 8 bytes, a number for forks and the score, and what is alive.
     return before * scoring * WIDE + after * (2 * 8 + 2 * WIDE + 1)

@@ -12,6 +12,7 @@ from .budget import Budget, parse_budget
 
 ROUTINGS = ("causal", "topk", "none", "copy", "pause", "random", "uniform")
 RANDOM_RULES = ("causal", "topk")
+GATE_SCORES = ("learned", "forks", "fixed")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
 
@@ -47,6 +48,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         random_rule: `causal` or `topk`: how `random` routes by its hash. Without effect otherwise.
         routing_seed: of the hash of `random` and `uniform`, from 0 to 2^32 - 1. Without effect otherwise.
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
+        gate_scores: `learned`; `forks`: as learned, but keeping a root costs nothing, so that no root is ever
+            attenuated; or the control `fixed`: every gate scores one half, whatever the stream (Design 3.2).
         attenuation: `paper`, `released` or `none` (Design 3.5).
         merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6). For `copy` and `pause`, whose
             streams have no scores, all but `root` take the mean over the streams of a token.
@@ -79,6 +82,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     random_rule: str = "causal"
     routing_seed: int = 0
     copy_layer: int = 0
+    gate_scores: str = "learned"
     attenuation: str = "paper"
     merge: str = "residual"
     tie_word_embeddings: bool = True
@@ -184,6 +188,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         for field, allowed in (
             ("routing", ROUTINGS),
             ("random_rule", RANDOM_RULES),
+            ("gate_scores", GATE_SCORES),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
         ):

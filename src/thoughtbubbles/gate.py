@@ -39,8 +39,10 @@ class ForkGate(nn.Module):
         super().__init__()
         self.rule = config.admission_rule
         self.draw = draw_of(config, layer)
-        self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
-        self.projection = _WideLinear(config.hidden_size, 2, bias=False)
+        self.gate_scores = config.gate_scores
+        if self.gate_scores != "fixed":
+            self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+            self.projection = _WideLinear(config.hidden_size, 2, bias=False)
         self.fork_embedding = nn.Parameter(torch.rand(config.hidden_size) / math.sqrt(config.hidden_size))
 
     def forward(
@@ -70,9 +72,14 @@ class ForkGate(nn.Module):
 
     def candidate_scores(self, streams: Streams) -> Tensor:
         """[B, 2N] log scores of the candidates, (fork, keep) where each stream stood."""
+        if self.gate_scores == "fixed":
+            return streams.log_score.repeat_interleave(2, dim=1) - math.log(2)
         with torch.autocast(streams.residual.device.type, enabled=False):
-            gates = F.logsigmoid(self.projection(self.norm(streams.residual)))
-        return (streams.log_score[..., None] + gates.clamp(min=MIN_LOG_SIGMOID)).flatten(1)
+            gates = F.logsigmoid(self.projection(self.norm(streams.residual))).clamp(min=MIN_LOG_SIGMOID)
+        if self.gate_scores == "forks":
+            fork, keep = gates.unbind(-1)
+            gates = torch.stack([fork, keep.masked_fill(streams.is_root, 0)], dim=-1)
+        return (streams.log_score[..., None] + gates).flatten(1)
 
     def select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
         """The streams that the candidates `origin` [B, N'] become; slots not alive are emptied."""

@@ -176,9 +176,14 @@ def _candidate_scores(model: _Model, layer: int, streams: list[ReferenceStream])
     """Return the M candidate log scores: of every stream the fork's, then the keep's (Design 3.2)."""
     scores: list[Tensor] = []
     for stream in streams:
+        if model.config.gate_scores == "fixed":
+            scores += [stream.log_score + math.log(0.5)] * 2
+            continue
         normed = model.layer_norm(f"model.gates.{layer}.norm", stream.residual)
         fork, keep = model.linear(f"model.gates.{layer}.projection", normed)
         scores += [stream.log_score + F.logsigmoid(g).clamp(min=LOG_SCORE_FLOOR) for g in (fork, keep)]
+        if model.config.gate_scores == "forks" and stream.is_root:
+            scores[-1] = stream.log_score
     return scores
 
 
