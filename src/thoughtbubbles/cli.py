@@ -104,7 +104,7 @@ def prepare(
 
 @app.command("make-task")
 def make_task(
-    task: Annotated[str, typer.Argument(help="`arithmetic`, `kinship` or `recall`.")],
+    task: Annotated[str, typer.Argument(help="`arithmetic`, `kinship`, `lookup` or `recall`.")],
     output: Annotated[Path, typer.Argument(help="New folder to write: train.jsonl, test.jsonl, tokenizer, task.json.")],
     examples: Annotated[int, typer.Option(help="Rows to train on, as many of each difficulty.")] = 100_000,
     max_difficulty: Annotated[

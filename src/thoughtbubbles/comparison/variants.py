@@ -39,6 +39,7 @@ SHIPPED: dict[str, Variant] = {
     "dense-flops": replace(_DENSE, title="dense, the FLOPs of causal", flops_of="causal", rate_of="dense"),
     "dense-half": replace(_DENSE, title="dense, half the tokens", tokens=0.5, rate_of="dense"),
     "budget-1": _routed("budget 1: gates, no forks", "causal", budget=1),
+    "fixed-gates": _routed("fixed gates, no forks", "causal", budget=1, gate_scores="fixed"),
     "copy-root": _routed("Copy-{budget}, root", "copy", merge="root"),
     "copy-average": _routed("Copy-{budget}, average", "copy"),
     "pause": _routed("pause, {budget} streams", "pause", merge="root"),
