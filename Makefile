@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 BOOKS ?= ../shared/data/books
+EVALS ?= ../shared/data/evals
 JOBS ?= 2
 
-.PHONY: help demo compare-books test test-all lint bench clean
+.PHONY: help demo books compare-books evaluate-books lookup test test-all lint bench clean
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
 	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (two hours on two CPU cores)"
+	@echo "make evaluate-books BOOKS=FOLDER EVALS=FOLDER  train two models longer, evaluate and fine-tune them (four hours)"
+	@echo "make lookup    train and compare small models on a generated task of look-ups (half an hour)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"
@@ -28,12 +31,33 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 # Prepared folders and finished runs are left as they are: the same call goes on where it stopped.
-compare-books: $(READY)
+books: $(READY)
 	$(BIN)/thoughtbubbles prepare runs/books-4k $(BOOKS)/train-0.parquet --validation $(BOOKS)/validation.parquet \
 		--vocab-size 4096 --block-size 128 --limit-tokens 20_000_000
+
+compare-books: books
 	$(BIN)/thoughtbubbles prepare runs/books-4k-tuning $(BOOKS)/train-1.parquet --tokenizer runs/books-4k/tokenizer \
 		--block-size 128 --limit-tokens 5_000_000
 	$(BIN)/thoughtbubbles compare recipes/compare/books.yaml --jobs $(JOBS)
+
+# docs/evaluation.md has the layout of EVALS. The dense models come first, since the others are measured against them.
+RUNS := runs/evaluate-books
+SMALL = --data-dir $(EVALS) --tier small --batch-size 16
+evaluate-books: books
+	for model in dense causal; do \
+		$(BIN)/thoughtbubbles train recipes/evaluation/$$model.yaml && \
+		$(BIN)/thoughtbubbles train recipes/evaluation/gsm8k.yaml model.pretrained=$(RUNS)/$$model \
+			training.output=$(RUNS)/$$model-gsm8k data.source=$(EVALS)/gsm8k-train.parquet \
+			training.eval_tasks_dir=$(EVALS) || exit 1; \
+		case $$model in dense) budgets=1; against= ;; *) budgets=1,1.5,2,4; against="--against $(RUNS)/dense" ;; esac; \
+		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model --tasks lambada,hellaswag,blimp,piqa,wikitext $(SMALL) \
+			--budget $$budgets --output $(RUNS)/$$model/evaluation $${against:+$$against/evaluation} && \
+		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 --separator $(SMALL) \
+			--budget $$budgets --output $(RUNS)/$$model-gsm8k/evaluation $${against:+$$against-gsm8k/evaluation} || exit 1; \
+	done
+
+lookup: $(READY)
+	$(BIN)/python scripts/lookup.py --jobs $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not long"

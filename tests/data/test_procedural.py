@@ -66,6 +66,26 @@ def test_recall_is_right(difficulty: int) -> None:
         assert str(int(example.answer)) == example.answer
 
 
+@pytest.mark.parametrize("difficulty", [1, 4, 8])
+def test_lookup_is_right(difficulty: int) -> None:
+    for example in draw("lookup", difficulty, 200):
+        pairs, question = example.prompt.split("?")
+        bits = {key: bit for bit, key in re.findall(r"([01])([a-h])", pairs)}
+        assert sorted(bits) == list("abcdefgh")
+        assert len(pairs) == 16
+        assert int(question[0]) == difficulty == example.difficulty
+        around = "abcdefghabcdefgh"
+        asked = around[around.index(question[1]) :][:difficulty]
+        assert example.answer == "".join(bits[key] for key in asked)
+
+
+def test_a_lookup_is_answered_by_one_token_after_ten() -> None:
+    tokenizer = word_tokenizer(TASKS["lookup"].words)
+    for example in draw("lookup", 8, 50):
+        assert len(tokenizer.encode(example.prompt, add_special_tokens=False)) == 10
+        assert len(tokenizer.encode(example.answer, add_special_tokens=False)) == 1
+
+
 # What somebody is, and a fact about that person, to what the next one is; by hand, as if all were men.
 SEXLESS = {word: men for men, women in RELATIONS for word in (men, women)}
 TABLE = {
@@ -149,6 +169,7 @@ def test_what_is_drawn_stays_the_same() -> None:
     assert [draw(name, 3, 1, seed=5)[0] for name in NAMES] == [
         ProceduralExample("1-(8*(0*0))=", "1", 3),
         ProceduralExample("WhusbandR;RsisterV;UfatherW;?UV", "aunt", 3),
+        ProceduralExample("0g0b0c0d1f1h0a1e?3g", "010", 3),
         ProceduralExample("e2f0j0b5a4h9g2c4d1i7?3a", "13", 3),
     ]
 

@@ -1,7 +1,7 @@
-"""The task `lookup`: `c1a0e1b1d0g0f1h0?3b` is answered by `110`, the bits of b, c and d.
+"""The task `lookup`: `1c0a1e1b0d0g1f0h?3b` is answered by `110`, the bits of b, c and d.
 
     prompt = pair x 8 "?" count key
-    pair   = key bit
+    pair   = bit key
     key    = "a" ... "h"
     bit    = "0" | "1"
     count  = "1" ... "8"
@@ -24,11 +24,11 @@ def make_lookup(chooser: random.Random, difficulty: int) -> tuple[str, str]:
     bits = {key: chooser.choice(BITS) for key in chooser.sample(KEYS, len(KEYS))}
     first = chooser.randrange(len(KEYS))
     asked = [KEYS[(first + place) % len(KEYS)] for place in range(difficulty)]
-    pairs = "".join(f"{key}{bit}" for key, bit in bits.items())
+    pairs = "".join(f"{bit}{key}" for key, bit in bits.items())
     return f"{pairs}?{difficulty}{KEYS[first]}", "".join(bits[key] for key in asked)
 
 
-_PAIRS = [f"{key}{bit}" for key in KEYS for bit in BITS]
+_PAIRS = [f"{bit}{key}" for key in KEYS for bit in BITS]
 _COUNTS = [f"?{count}" for count in range(1, len(KEYS) + 1)]
 _ANSWERS = ["".join(bits) for count in range(1, len(KEYS) + 1) for bits in product(BITS, repeat=count)]
 LOOKUP = ProceduralTask("lookup", (*_PAIRS, *_COUNTS, *KEYS, *_ANSWERS), len(KEYS), make_lookup)
