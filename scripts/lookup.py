@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from thoughtbubbles.accounting import training_flops
+from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.data.procedural import TASKS, make_task
 from thoughtbubbles.loading import load_config
 from thoughtbubbles.machine import describe_machine
@@ -23,19 +26,17 @@ RECIPE = Path("recipes/tasks/lookup.yaml")
 OUTPUT = Path("runs/lookup")
 BUDGETS = ("1", "1.5", "2", "3", "4")
 ROW = 12  # tokens: the start, the prompt, the answer
+STEPS = 800
+ONE_LAYER = ("model.gate_scores=forks", "model.fork_layers=[0]")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("model.routing=none",),
+    "dense, FLOPs of Copy-2": ("model.routing=none",),
     "Copy-2": ("model.routing=copy",),
-    "budget 1": ("model.budget=1",),
-    "causal": (),
-    "causal, one fork layer": ("model.fork_layers=[0]",),
-    "causal, roots whole": ("model.gate_scores=forks",),
-    "causal, roots whole, one fork layer": ("model.gate_scores=forks", "model.fork_layers=[0]"),
-    "random, roots whole, one fork layer": (
-        "model.routing=random",
-        "model.gate_scores=forks",
-        "model.fork_layers=[0]",
-    ),
+    "causal 2": (),
+    "causal 2, roots whole": ("model.gate_scores=forks",),
+    "causal 2, roots whole, forks at the input": ONE_LAYER,
+    "causal 1.5, roots whole, forks at the input": ("model.budget=1.5", *ONE_LAYER),
+    "random 1.5, roots whole, forks at the input": ("model.budget=1.5", "model.routing=random", *ONE_LAYER),
 }
 
 
@@ -60,11 +61,26 @@ def run(name: str, seed: int) -> None:
     """Train one model and ask it every question, in processes of their own."""
     folder = place_of(name, seed)
     data = [f"data.source={OUTPUT}/task/train.jsonl", f"data.tokenizer={OUTPUT}/task/tokenizer"]
-    command(folder, "train", str(RECIPE), *VARIANTS[name], *data, f"training.seed={seed}", f"training.output={folder}")
+    steps = STEPS * (equal_flops() if "FLOPs" in name else 1)
+    training = [f"training.seed={seed}", f"training.steps={steps:.0f}", f"training.output={folder}"]
+    command(folder, "train", str(RECIPE), *VARIANTS[name], *data, *training)
     if not (folder / "exact-match" / "exact_match.json").exists():
         questions, budgets = str(OUTPUT / "task" / "test.jsonl"), ",".join(budgets_of(folder))
         output = str(folder / "exact-match")
         command(folder, "exact-match", str(folder), questions, "--budget", budgets, "--output", output)
+
+
+def equal_flops() -> float:
+    """How many times as many tokens a dense model sees for the training FLOPs of Copy-2."""
+    return flops_per_token("copy", 2) / flops_per_token("none", 1)
+
+
+def flops_per_token(routing: str, budget: float) -> float:
+    """Of training, for a model of the recipe's shape."""
+    shape = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["model"]
+    words = len(TASKS["lookup"].words) + 2
+    config = ThoughtbubblesConfig(**{**shape, "vocab_size": words, "routing": routing, "budget": budget})
+    return training_flops(config, ROW) / ROW
 
 
 def command(folder: Path, *arguments: str) -> None:
