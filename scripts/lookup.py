@@ -114,7 +114,7 @@ def row(name: str, seeds: int) -> dict[str, Any]:
     found = [
         json.loads((folder / "exact-match" / "exact_match.json").read_text(encoding="utf-8")) for folder in folders
     ]
-    config = load_config(folders[0])
+    config, summary = load_config(folders[0]), json.loads((folders[0] / "summary.json").read_text(encoding="utf-8"))
     values: dict[str, dict[str, list[float]]] = {}
     for scores in (each["scores"] for each in found):
         for score in scores:
@@ -122,7 +122,8 @@ def row(name: str, seeds: int) -> dict[str, Any]:
             values.setdefault(score["budget"], {}).setdefault(difficulty, []).append(score["value"])
     return {
         "variant": name,
-        "training_flops_per_token": training_flops(config, ROW) / ROW,
+        "own_budget": budgets_of(folders[0])[0] if config.routing in ("none", "copy") else f"{float(config.budget):g}",
+        "training_flops": summary["training_flops"],
         "exact_match": {
             budget: {difficulty: [statistics.mean(v), spread(v)] for difficulty, v in scores.items()}
             for budget, scores in values.items()
