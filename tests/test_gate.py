@@ -70,6 +70,28 @@ def test_the_score_of_a_root_is_multiplied_by_its_keep_score() -> None:
     assert (out.log_score[0] < 0).all()
 
 
+def test_a_relative_embedding_grows_with_the_residual() -> None:
+    streams = entering()
+    small, large = (
+        random_gate(1, fork_embedding="relative")(streams.with_residual(size * streams.residual), ALL)
+        for size in (1, 8)
+    )
+    source, embedding = streams.residual[0, 0], random_gate(1, fork_embedding="relative").fork_embedding
+    assert small.origin is not None
+    assert small.origin[0, 0] == 0
+    rms = source.square().mean().sqrt()
+    assert torch.allclose(small.residual[0, 0], source + rms * embedding, rtol=0, atol=1e-6)
+    assert torch.allclose(large.residual[0, 0], 8 * small.residual[0, 0], rtol=0, atol=1e-5)
+
+
+def test_a_residual_of_zero_has_a_gradient_under_a_relative_embedding() -> None:
+    residual = torch.zeros(1, 2, 16, requires_grad=True)
+    out = random_gate(fork_embedding="relative")(Streams.from_embeddings(residual), ALL)
+    out.residual.sum().backward()
+    assert residual.grad is not None
+    assert residual.grad.isfinite().all()
+
+
 def test_with_scores_of_forks_alone_a_root_keeps_its_score() -> None:
     learned, forks = random_gate(), random_gate(gate_scores="forks")
     before = learned(entering(), ALL)

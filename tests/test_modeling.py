@@ -41,6 +41,7 @@ from thoughtbubbles.streams import Streams
 FACTORS: dict[str, list[Any]] = {
     "routing": ["causal", "topk", "none", "random", "random-topk", "uniform"],
     "gate_scores": ["learned", "forks", "fixed"],
+    "fork_embedding": ["absolute", "relative"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],
     "budget": [1, 1.2, 1.5, 2, 3.25, 4],
@@ -718,6 +719,13 @@ def test_initial_projections_into_the_residual_stream_are_smaller(projection: st
     for layer in range(4):
         std = weights[f"model.layers.{layer}.{projection}.weight"].std().item()
         assert std == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.03)
+
+
+def test_initial_relative_fork_embeddings_are_half_as_large_as_the_residual() -> None:
+    config = tiny_config(fork_embedding="relative", hidden_size=512, num_attention_heads=2)
+    model = ThoughtbubblesForCausalLM(config)
+    for gate in model.model.gates.values():
+        assert gate.fork_embedding.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_initial_fork_embeddings_are_uniform() -> None:

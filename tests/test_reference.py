@@ -45,6 +45,7 @@ class Config:
     budget: int | float | str | Fraction = 1.5
     routing: str = "causal"
     gate_scores: str = "learned"
+    fork_embedding: str = "absolute"
     attenuation: str = "paper"
     merge: str = "residual"
     random_rule: str = "causal"

@@ -319,8 +319,10 @@ def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int
     scoring = 2 * config.hidden_size + 2 + 3 * 2  # before the norm, after it, of it; three steps of the log sigmoid
     if config.gate_scores == "fixed" or (config.attenuation == "none" and config.merge == "root"):
         scoring = 0  # scores have no effect that a gradient could pass
+    # A fork's source, and how large it is.
+    sources = config.hidden_size + 1 if config.fork_embedding == "relative" else 0
     # Two indices of 8 bytes, a number for forks and the score, and what is alive.
-    return before * scoring * WIDE + after * (2 * 8 + 2 * WIDE + 1)
+    return before * scoring * WIDE + after * (2 * 8 + (2 + sources) * WIDE + 1)
 
 
 def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> int:

@@ -13,6 +13,7 @@ from .budget import Budget, parse_budget
 ROUTINGS = ("causal", "topk", "none", "copy", "pause", "random", "uniform")
 RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
+FORK_EMBEDDINGS = ("absolute", "relative")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
 
@@ -50,6 +51,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
         gate_scores: `learned`; `forks`: as learned, but keeping a root costs nothing, so that no root is ever
             attenuated; or the control `fixed`: every gate scores one half, whatever the stream (Design 3.2).
+        fork_embedding: `absolute`, or `relative`: scaled by the root mean square of the residual that it is added to,
+            and drawn large, so that a fork is no copy of its source (Design 3.2).
         attenuation: `paper`, `released` or `none` (Design 3.5).
         merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6). For `copy` and `pause`, whose
             streams have no scores, all but `root` take the mean over the streams of a token.
@@ -83,6 +86,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     routing_seed: int = 0
     copy_layer: int = 0
     gate_scores: str = "learned"
+    fork_embedding: str = "absolute"
     attenuation: str = "paper"
     merge: str = "residual"
     tie_word_embeddings: bool = True
@@ -189,6 +193,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             ("routing", ROUTINGS),
             ("random_rule", RANDOM_RULES),
             ("gate_scores", GATE_SCORES),
+            ("fork_embedding", FORK_EMBEDDINGS),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
         ):

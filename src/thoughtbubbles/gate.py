@@ -6,6 +6,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .cache import ForkMemory
 from .configuration import ThoughtbubblesConfig
@@ -14,6 +15,9 @@ from .routing import route_causal, width_after_routing
 from .streams import Streams
 
 MIN_LOG_SIGMOID = -20.0
+RELATIVE_SIZE = 0.5
+# Empty slots and residuals of zero have a mean square of 0, at which a root has no gradient.
+TINY = 1e-12
 
 
 class _WideLayerNorm(nn.LayerNorm):
@@ -43,7 +47,17 @@ class ForkGate(nn.Module):
         if self.gate_scores != "fixed":
             self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
             self.projection = _WideLinear(config.hidden_size, 2, bias=False)
-        self.fork_embedding = nn.Parameter(torch.rand(config.hidden_size) / math.sqrt(config.hidden_size))
+        self.is_relative = config.fork_embedding == "relative"
+        self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.reset_embedding()
+
+    @torch.no_grad()
+    def reset_embedding(self) -> None:
+        """Draw the fork embedding: as the release does, or half as large as the residual that it is added to."""
+        if self.is_relative:
+            init.normal_(self.fork_embedding, std=RELATIVE_SIZE)
+        else:
+            init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
     def forward(
         self, streams: Streams, budget: Fraction, memory: ForkMemory | None = None, step: Tensor | int = 0
@@ -88,7 +102,11 @@ class ForkGate(nn.Module):
         residual = streams.residual.flatten(0, 1).index_select(0, (source + rows).flatten())
         residual = residual.view(*source.shape, -1)
         is_fork = (origin % 2 == 0)[..., None]
-        residual = residual + is_fork.to(residual.dtype) * self.fork_embedding.to(residual.dtype)
+        embedding: Tensor = self.fork_embedding
+        if self.is_relative:
+            wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+            embedding = embedding * wide.square().mean(-1, keepdim=True).clamp(min=TINY).sqrt()
+        residual = residual + is_fork.to(residual.dtype) * embedding.to(residual.dtype)
         return Streams(
             residual=torch.where(alive[..., None], residual, 0),
             log_score=torch.where(alive, scores.gather(1, origin), 0),

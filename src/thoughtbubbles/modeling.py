@@ -93,7 +93,7 @@ class ThoughtbubblesPreTrainedModel(SharedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
         elif isinstance(module, ForkGate):
-            init.uniform_(module.fork_embedding, b=1 / math.sqrt(self.config.hidden_size))
+            module.reset_embedding()
 
 
 class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):

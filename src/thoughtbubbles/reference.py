@@ -209,7 +209,9 @@ def _fork(
     for c in survivors:
         source = streams[c // 2]
         if c % 2 == 0:
-            forked.append(ReferenceStream(source.residual + embedding, scores[c], source.token, False))
+            relative = model.config.fork_embedding == "relative"
+            size = source.residual.square().mean().sqrt() if relative else 1.0
+            forked.append(ReferenceStream(source.residual + size * embedding, scores[c], source.token, False))
         else:
             forked.append(replace(source, log_score=scores[c]))
     # A row of padding alone has no candidates, and torch stacks no empty list.

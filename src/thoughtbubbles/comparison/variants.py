@@ -48,6 +48,7 @@ SHIPPED: dict[str, Variant] = {
     "no-attenuation": _routed("causal, no attenuation, budget {budget}", "causal", attenuation="none"),
     "topk": _routed("topk, budget {budget}", "topk"),
     "causal": _CAUSAL,
+    "causal-relative": _routed("causal, relative fork embedding, budget {budget}", "causal", fork_embedding="relative"),
     "causal-elastic": replace(_CAUSAL, title="causal, elastic to budget {budget}", elastic=True),
     "causal-half": replace(_CAUSAL, title="causal, budget {budget}, half the tokens", tokens=0.5, rate_of="causal"),
 }
