@@ -135,7 +135,7 @@ def test_files_of_a_report(tmp_path: Path, report: Report) -> None:
     assert [table["title"] for table in content["tables"]] == ["Quality", "Cost", "Questions", "Test-time budget"]
     html = (tmp_path / "report.html").read_text()
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert pictures == ["curves.png", "dial.png", "differences.png", "half.png", "matrix.png"]
+    assert pictures == ["curves.png", "dial.png", "differences.png", "frontier.png", "half.png", "matrix.png"]
     assert html.count("data:image/png;base64,") == len(pictures)
     assert "http" not in html.replace("http-equiv", "")
     for name in pictures:

@@ -32,6 +32,7 @@ def draw_figures(report: Report, folder: Path) -> dict[str, Path]:
 
     draw("Loss against the baseline, with 95% intervals", "differences.png", differences_figure)
     draw("Validation loss against training tokens, FLOPs and time", "curves.png", curves_figure)
+    draw("Loss against the FLOPs of training and of inference", "frontier.png", frontier_figure)
     draw("Perplexity against test-time budget", "dial.png", dial_figure)
     draw("Loss by training budget and test budget", "matrix.png", matrix_figure)
     draw("Part of the tokens, with a schedule of its own, against all of them", "half.png", half_figure)
@@ -88,6 +89,27 @@ def curves_figure(report: Report) -> Figure | None:
     panels[0].set_ylabel("validation loss (nats per token)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(report.title)
+    return figure
+
+
+def frontier_figure(report: Report) -> Figure | None:
+    """Each variant's final loss against what its training took and against what a token takes at inference."""
+    measures: dict[str, Callable[[VariantResult], float]] = {
+        "training FLOPs": lambda row: row.training_flops,
+        "FLOPs per token at inference": lambda row: row.decoding_flops,
+    }
+    if len(report.variants) < 2:
+        return None
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True)
+    for axes, (label, measure) in zip(panels, measures.items(), strict=True):
+        for row, colour in zip(report.variants, colours(report, report.variants), strict=True):
+            axes.errorbar(measure(row), row.loss, yerr=row.spread, fmt="o", color=colour, capsize=4, label=row.title)
+        axes.set_xlabel(label)
+        _tidy(axes)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.suptitle(f"{report.title}: means and standard deviations over seeds".lstrip(": "))
     return figure
 
 
