@@ -8,13 +8,12 @@ BOOKS ?= ../shared/data/books
 EVALS ?= ../shared/data/evals
 JOBS ?= 2
 
-.PHONY: help demo books compare-books evaluate-books lookup test test-all lint bench clean
+.PHONY: help demo books compare-books evaluate-books test test-all lint bench clean
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
 	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (two hours on two CPU cores)"
 	@echo "make evaluate-books BOOKS=FOLDER EVALS=FOLDER  train two models longer, evaluate and fine-tune them (four hours)"
-	@echo "make lookup    train and compare small models on a generated task of look-ups (half an hour)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"
@@ -55,9 +54,6 @@ evaluate-books: books
 		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 --separator $(SMALL) \
 			--budget $$budgets --output $(RUNS)/$$model-gsm8k/evaluation $${against:+$$against-gsm8k/evaluation} || exit 1; \
 	done
-
-lookup: $(READY)
-	$(BIN)/python scripts/lookup.py --jobs $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not long"

@@ -34,8 +34,6 @@ def main() -> None:
         text = fill(text, path.stem, comparison_tables(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(DATA.glob("evaluation-*.json")):
         text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("lookup*.json")):
-        text = fill(text, path.stem, lookup_table(json.loads(path.read_text(encoding="utf-8"))))
     PAGE.write_text(text, encoding="utf-8")
     main_table = comparison_extract(json.loads((DATA / f"{MAIN}.json").read_text(encoding="utf-8")), MAIN_COLUMNS)
     README.write_text(fill(README.read_text(encoding="utf-8"), MAIN, main_table), encoding="utf-8")
@@ -185,36 +183,6 @@ def evaluation_table(result: dict[str, Any]) -> str:
         own = [row for row in compared if row.budget == result["own_budget"]]
         table += f"\nAgainst {result['against']['model']}, document by document:\n\n{comparison_table(own)}"
     return table
-
-
-def lookup_table(result: dict[str, Any]) -> str:
-    """Exact match of each variant of scripts/lookup.py, by test budget and, at its own, by difficulty."""
-    budgets = list(dict.fromkeys(budget for row in result["rows"] for budget in row["exact_match"]))
-    budgets.sort(key=float)
-    hard = ("4", "5", "6", "7", "8")
-    rows = []
-    for row in result["rows"]:
-        found, own = row["exact_match"], row["own_budget"]
-        rows.append(
-            [
-                row["variant"],
-                f"{row['training_flops']:.2g}",
-                *(_share(found[budget]["all"]) if budget in found else "" for budget in budgets),
-                *(_share(found[own][difficulty]) for difficulty in hard),
-            ]
-        )
-    columns = ["variant", "training FLOPs", *(f"budget {budget}" for budget in budgets), *(f"{d} keys" for d in hard)]
-    facts = (
-        f"Exact match in %, means over {result['seeds']} seeds ± standard deviation: all difficulties by test budget, "
-        f"then by keys asked for at the model's own. {_made(result['machine'])}."
-    )
-    return f"{markdown_table(Table('', columns, rows))}\n\n{facts}\n"
-
-
-def _share(value: Sequence[float | None]) -> str:
-    mean, deviation = value
-    assert mean is not None
-    return f"{mean:.1%}".rstrip("%") + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ CODE = {
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding"),
+        *("accounting", "controls", "sharing", "decoding", "wide"),
     )
 }
 HIDE_THE_PACKAGE = """

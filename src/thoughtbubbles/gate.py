@@ -13,27 +13,9 @@ from .configuration import ThoughtbubblesConfig
 from .controls import ROUTERS, draw_of
 from .routing import route_causal, width_after_routing
 from .streams import Streams
+from .wide import WideLayerNorm, WideLinear, root_mean_square
 
 MIN_LOG_SIGMOID = -20.0
-RELATIVE_SIZE = 0.5
-# Empty slots and residuals of zero have a mean square of 0, at which a root has no gradient.
-TINY = 1e-12
-
-
-class _WideLayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 or wider, whatever the type of input and weights."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
-        wide = torch.promote_types(input.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        return F.layer_norm(input.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps)
-
-
-class _WideLinear(nn.Linear):
-    """Linear map in float32 or wider; a module, so that adapters can wrap it."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
-        return F.linear(input, self.weight.to(input.dtype))
 
 
 class ForkGate(nn.Module):
@@ -45,8 +27,8 @@ class ForkGate(nn.Module):
         self.draw = draw_of(config, layer)
         self.gate_scores = config.gate_scores
         if self.gate_scores != "fixed":
-            self.norm = _WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
-            self.projection = _WideLinear(config.hidden_size, 2, bias=False)
+            self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+            self.projection = WideLinear(config.hidden_size, 2, bias=False)
         self.is_relative = config.fork_embedding == "relative"
         self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.reset_embedding()
@@ -55,7 +37,7 @@ class ForkGate(nn.Module):
     def reset_embedding(self) -> None:
         """Draw the fork embedding: as the release does, or half as large as the residual that it is added to."""
         if self.is_relative:
-            init.normal_(self.fork_embedding, std=RELATIVE_SIZE)
+            init.normal_(self.fork_embedding, std=0.5)
         else:
             init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
@@ -102,10 +84,7 @@ class ForkGate(nn.Module):
         residual = streams.residual.flatten(0, 1).index_select(0, (source + rows).flatten())
         residual = residual.view(*source.shape, -1)
         is_fork = (origin % 2 == 0)[..., None]
-        embedding: Tensor = self.fork_embedding
-        if self.is_relative:
-            wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
-            embedding = embedding * wide.square().mean(-1, keepdim=True).clamp(min=TINY).sqrt()
+        embedding = self.fork_embedding * (root_mean_square(residual) if self.is_relative else 1)
         residual = residual + is_fork.to(residual.dtype) * embedding.to(residual.dtype)
         return Streams(
             residual=torch.where(alive[..., None], residual, 0),
@@ -119,10 +98,7 @@ class ForkGate(nn.Module):
 
 
 def pack_left(survive: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Indices [B, width] of the survivors of each row, in order and packed left, and which are real [B, width].
-
-    Slots past a row's survivors hold index 0 and are not real.
-    """
+    """[B, width] indices of each row's survivors, in order and packed left, 0 past them; and which are real."""
     batch, candidates = survive.shape
     place = torch.where(survive, survive.cumsum(1) - 1, width)
     index = torch.zeros(batch, width + 1, dtype=torch.int64, device=survive.device)
