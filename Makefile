@@ -48,7 +48,7 @@ evaluate-books: books
 		$(BIN)/thoughtbubbles train recipes/evaluation/gsm8k.yaml model.pretrained=$(RUNS)/$$model \
 			training.output=$(RUNS)/$$model-gsm8k data.source=$(EVALS)/gsm8k-train.parquet \
 			training.eval_tasks_dir=$(EVALS) || exit 1; \
-		case $$model in dense) budgets=1; against= ;; *) budgets=1,1.5,2,4; against="--against $(RUNS)/dense" ;; esac; \
+		case $$model in dense) budgets=1; against= ;; *) budgets=1,2,4; against="--against $(RUNS)/dense" ;; esac; \
 		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model --tasks lambada,hellaswag,blimp,piqa,wikitext $(SMALL) \
 			--budget $$budgets --output $(RUNS)/$$model/evaluation $${against:+$$against/evaluation} && \
 		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 --separator $(SMALL) \
