@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from thoughtbubbles.data import load_prepared
+from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.loading import load_model
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.streams import Streams
@@ -29,18 +29,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=64, help="validation blocks, evenly spaced")
     options = parser.parse_args()
     model = load_model(options.model).eval()
+    validation = load_prepared(options.data).validation
+    blocks = validation[spread(len(validation), options.blocks)]["input_ids"]
     with torch.no_grad():
-        out = model(some_blocks(options.data, options.blocks), output_streams=True)
+        out = model(blocks, output_streams=True)
     embeddings = {layer: gate.fork_embedding.norm().item() for layer, gate in model.model.gates.items()}
     layers = [likeness(streams) for streams in out.streams]
     print(json.dumps({"layers": layers, "fork_embedding_norm": embeddings, "machine": describe_machine()}))
-
-
-def some_blocks(data: Path, count: int) -> Tensor:
-    """[count, T] token ids."""
-    validation = load_prepared(data).validation
-    chosen = np.linspace(0, len(validation) - 1, count).astype(int)
-    return torch.tensor(np.stack([np.asarray(validation[int(i)]["input_ids"]) for i in chosen]), dtype=torch.int64)
 
 
 def likeness(streams: Streams) -> dict[str, Any]:

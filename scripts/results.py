@@ -179,7 +179,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
     table = f"{table_of(rows)}\n{facts}\n"
     if result.get("against"):
         compared = [ComparisonRow(**row) for row in result["against"]["results"]]
-        # At its own budget alone: the others differ from that by less than from the other model.
+        # At its own budget alone; results.json has the others.
         own = [row for row in compared if row.budget == result["own_budget"]]
         table += f"\nAgainst {result['against']['model']}, document by document:\n\n{comparison_table(own)}"
     return table
