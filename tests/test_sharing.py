@@ -28,7 +28,7 @@ CODE = {
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding", "wide"),
+        *("accounting", "controls", "sharing", "decoding", "columns", "wide"),
     )
 }
 HIDE_THE_PACKAGE = """

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thoughtbubbles.streams import ColumnMap, Streams
+from thoughtbubbles.columns import ColumnMap
+from thoughtbubbles.streams import Streams
 
 WIDTH = 3
 VOCABULARY = 5

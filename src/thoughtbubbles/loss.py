@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .streams import ColumnMap
+from .columns import ColumnMap
 
 IGNORE_INDEX = -100
 ROWS = 512

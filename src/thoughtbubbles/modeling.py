@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention import ResidualProjection, StreamAttention, rotary_angles
 from .budget import Budget
 from .cache import AttentionMemory, Placement, StreamCache, one_cache
+from .columns import ColumnMap
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .decoding import StreamGenerationMixin, refuse_unknown
@@ -26,7 +27,7 @@ from .gate import ForkGate
 from .loss import chunked_next_token_loss, next_token_loss, next_token_targets
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
-from .streams import ColumnMap, Streams
+from .streams import Streams
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from .cache import StreamCache
-from .streams import ColumnMap, Streams
+from .columns import ColumnMap
+from .streams import Streams
 
 
 @dataclass
