@@ -17,8 +17,9 @@ from thoughtbubbles.budget import Budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.gate import ForkGate
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.reference import ROUTERS, ReferenceFork, reference_forward
+from thoughtbubbles.reference import ReferenceFork, reference_forward, route
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.threshold import ScoreHistogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCAB = 19
@@ -55,6 +56,15 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
         is_gain = "norm" in name and name.endswith("weight")
         scale = 0.5 if "embed" in name or "lm_head" in name else 0.3
         parameter.data.copy_(1 + 0.2 * noise if is_gain else scale * noise)
+    set_thresholds(module)
+
+
+def set_thresholds(module: nn.Module) -> None:
+    """Thresholds as if scores were spread evenly over three nats, where routing is `threshold`."""
+    for part in module.modules():
+        if isinstance(part, ScoreHistogram):
+            part.shares.copy_((torch.arange(len(part.shares)) < 3 * 64) / (3 * 64))
+            part.updates.fill_(1)
 
 
 def random_model(config: ThoughtbubblesConfig, seed: int = 0) -> ThoughtbubblesForCausalLM:
@@ -137,7 +147,7 @@ def count_flips(fork: ReferenceFork, scores: list[float], rule: str, budget: Fra
     """
 
     def choose(scores: list[float]) -> list[int]:
-        survive = ROUTERS[rule](scores, fork.candidate_tokens, fork.optional, budget)
+        survive = route(rule, scores, fork.candidate_tokens, fork.optional, budget, fork.threshold)
         return [c for c, survives in enumerate(survive) if survives]
 
     expected = fork.candidate_scores.tolist()
@@ -173,8 +183,9 @@ def compare_with_reference(
         out = model(ids, attention_mask=mask, labels=labels, budget=budget, output_streams=True)
     survivors = survivors_of(out.streams, config.gated_layers)
     parameters = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    state = {name: buffer.double() for name, buffer in model.named_buffers()} | parameters
     step = int(model.model.routing_step) if model.training else 0
-    expected = reference_forward(config, parameters, ids, mask, labels, budget, survivors, step)
+    expected = reference_forward(config, state, ids, mask, labels, budget, survivors, step)
     kappa = config.exact_budget(budget)
     flips = sum(
         count_flips(fork, scores[layer][row], config.admission_rule, kappa)
@@ -255,8 +266,10 @@ def case_id(case: Case) -> str:
     return "-".join(str(value) for value in case.values())
 
 
-# The controls of which no logit depends on a later token.
-CAUSAL_CONTROLS: list[Case] = [
+# The rules beside `causal` by which no logit depends on a later token.
+LEFT_TO_RIGHT: list[Case] = [
+    {"routing": "threshold", "budget": 1.5},
+    {"routing": "threshold", "budget": 3.25},
     {"routing": "random", "budget": 1.5, "routing_seed": 4},
     {"routing": "random", "budget": 3.25},
     {"routing": "uniform", "budget": 1.2},

@@ -29,7 +29,7 @@ from thoughtbubbles.cache import BLOCK, StreamCache
 from thoughtbubbles.configuration import MERGES, PRESETS, ROUTINGS
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "fork_layers": [1, 2]}
-GATED = ("causal", "topk", "random", "uniform")
+GATED = ("causal", "threshold", "topk", "random", "uniform")
 SPENDING = [
     *((routing, budget) for routing in (*GATED, "none") for budget in (1, 1.2, 2, 4)),
     *((routing, budget) for routing in ("copy", "pause") for budget in (1, 2, 3)),
@@ -154,7 +154,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
-@pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4)])
+@pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4), ("threshold", 4)])
 def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precision: str) -> None:
     """Where the budget is spent to the last stream and rows fill whole blocks of memory, exactly as many."""
     model = decoding_model(routing=routing, budget=budget, attenuation=attenuation).to(getattr(torch, precision))

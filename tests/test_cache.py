@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer, pipeline
 
-from tests.helpers import CAUSAL_CONTROLS
+from tests.helpers import LEFT_TO_RIGHT, set_thresholds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cache import BLOCK, RowBuffer, StreamCache
 from thoughtbubbles.reference import reference_forward
 
 LENGTH = 23
 BUDGETS = [1, 1.5, 2, 4]
-every_control = pytest.mark.parametrize("rules", CAUSAL_CONTROLS, ids=str)
+every_rule = pytest.mark.parametrize("rules", LEFT_TO_RIGHT, ids=str)
 
 
 def make(dtype: torch.dtype = torch.float64, **fields: object) -> Any:
@@ -36,7 +36,9 @@ def make(dtype: torch.dtype = torch.float64, **fields: object) -> Any:
             **fields,
         }
     )
-    return ThoughtbubblesForCausalLM(config).to(dtype).eval()
+    model = ThoughtbubblesForCausalLM(config).to(dtype)
+    set_thresholds(model)
+    return model.eval()
 
 
 def ids_and_mask(rows: int) -> tuple[Tensor, Tensor]:
@@ -81,10 +83,10 @@ def test_each_step_gives_the_logits_of_the_full_forward(budget: float, attenuati
     assert agree(in_chunks(model, ids, mask, [9, 1, 1, 5, 7]), full, mask)
 
 
-@every_control
+@every_rule
 @pytest.mark.parametrize("attenuation", ["paper", "released"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_each_step_of_a_control(rules: dict[str, Any], attenuation: str, rows: int) -> None:
+def test_each_step_by_other_rules(rules: dict[str, Any], attenuation: str, rows: int) -> None:
     model = make(attenuation=attenuation, **rules)
     ids, mask = ids_and_mask(rows)
     with torch.no_grad():
@@ -95,7 +97,7 @@ def test_each_step_of_a_control(rules: dict[str, Any], attenuation: str, rows: i
 
 
 @pytest.mark.parametrize("merge", ["residual", "residual-normed", "probability", "root"])
-@pytest.mark.parametrize("routing", ["causal", "none", "random", "uniform", "copy", "pause"])
+@pytest.mark.parametrize("routing", ["causal", "threshold", "none", "random", "uniform", "copy", "pause"])
 def test_every_merge_and_the_dense_model(merge: str, routing: str) -> None:
     model = make(merge=merge, routing=routing, budget=2 if routing in ("copy", "pause") else 1.5)
     ids, mask = ids_and_mask(4)
@@ -104,8 +106,8 @@ def test_every_merge_and_the_dense_model(merge: str, routing: str) -> None:
     assert agree(in_chunks(model, ids, mask, [4, 1, 1, 8, 1, 8]), full, mask)
 
 
-@every_control
-def test_each_step_of_a_control_gives_the_logits_of_the_reference(rules: dict[str, Any]) -> None:
+@every_rule
+def test_each_step_by_other_rules_gives_the_logits_of_the_reference(rules: dict[str, Any]) -> None:
     model = make(**rules)
     ids, mask = ids_and_mask(2)
     reference = reference_forward(model.config, dict(model.state_dict()), ids, mask)
@@ -184,8 +186,8 @@ def test_generate_is_the_same_with_and_without_the_cache(arguments: dict[str, ob
     assert torch.equal(*made)
 
 
-@every_control
-def test_beams_of_a_control_are_the_same_with_and_without_the_cache(rules: dict[str, Any]) -> None:
+@every_rule
+def test_beams_by_other_rules_are_the_same_with_and_without_the_cache(rules: dict[str, Any]) -> None:
     model = make(**rules)
     ids, mask = ids_and_mask(3)
     ids, mask = ids[:, :8], torch.ones_like(mask[:, :8])
@@ -233,7 +235,7 @@ def test_streamer_stop_strings_and_pipeline(tiny_run: Path, capsys: pytest.Captu
     assert pipe("the", max_new_tokens=9, do_sample=False)[0]["generated_text"] == text
 
 
-@pytest.mark.parametrize("rules", [{}, *CAUSAL_CONTROLS], ids=str)
+@pytest.mark.parametrize("rules", [{}, *LEFT_TO_RIGHT], ids=str)
 @pytest.mark.parametrize("keep", [0, 1, 9, 22])
 def test_crop_forgets_the_last_columns(keep: int, rules: dict[str, Any]) -> None:
     model = make(**rules)
@@ -259,7 +261,7 @@ def test_crop_of_nothing_and_a_positive_number() -> None:
         cache.crop(3)
 
 
-@pytest.mark.parametrize("rules", [{}, *CAUSAL_CONTROLS], ids=str)
+@pytest.mark.parametrize("rules", [{}, *LEFT_TO_RIGHT], ids=str)
 def test_rows_can_be_reordered_selected_and_repeated(rules: dict[str, Any]) -> None:
     model = make(**rules)
     ids, mask = ids_and_mask(4)

@@ -32,7 +32,7 @@ WRONG: list[tuple[tuple[str, ...], list[Any], str]] = [
     (("hidden_dropout",), [1.0, -0.1, "0", True, math.nan], "a probability in [0, 1)"),
     (("fork_layers",), [[16], [-1], [3, 3], [7, 3], 3, "3", [1.0], [True], [None]], LAYERS),
     (("budget",), [0.5, "abc", True, math.nan, math.inf, 2000, None], "a number of streams per token from 1 to 1024"),
-    (("routing",), ["top-k", None, ["causal"]], "one of causal, topk, none, copy, pause, random, uniform"),
+    (("routing",), ["top-k", None, ["causal"]], "one of causal, threshold, topk, none, copy, pause, random, uniform"),
     (("random_rule",), ["uniform", None], "one of causal, topk"),
     (("routing_seed",), [-1, 2**32, 1.0, True, None], "a whole number from 0 to 2^32 - 1"),
     (("copy_layer",), [-1, 16, 1.0, True, None], "a 0-based layer below num_hidden_layers=16"),
@@ -202,7 +202,13 @@ def test_pause_has_vectors_for_the_configured_budget() -> None:
 
 
 def test_layers_and_rules_of_the_controls() -> None:
-    rules = [("causal", "causal"), ("topk", "topk"), ("random", "causal"), ("uniform", "uniform")]
+    rules = [
+        ("causal", "causal"),
+        ("threshold", "threshold"),
+        ("topk", "topk"),
+        ("random", "causal"),
+        ("uniform", "uniform"),
+    ]
     for routing, rule in rules:
         config = ThoughtbubblesConfig(routing=routing, fork_layers=[3, 7])
         assert (config.admission_rule, config.gated_layers, config.copied_layers) == (rule, (3, 7), ())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import (
-    CAUSAL_CONTROLS,
+    LEFT_TO_RIGHT,
     case_id,
     compare_with_reference,
     padding_mask,
@@ -28,8 +28,10 @@ from thoughtbubbles.controls import StreamCopier, draw_scores
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.streams import Streams
 
-every_control = pytest.mark.parametrize("rules", CAUSAL_CONTROLS, ids=case_id)
-every_copy = pytest.mark.parametrize("rules", CAUSAL_CONTROLS[4:], ids=case_id)
+every_rule = pytest.mark.parametrize("rules", LEFT_TO_RIGHT, ids=case_id)
+every_copy = pytest.mark.parametrize(
+    "rules", [rules for rules in LEFT_TO_RIGHT if rules["routing"] in ("copy", "pause")], ids=case_id
+)
 every_draw = pytest.mark.parametrize("routing", ["random", "random-topk", "uniform"])
 
 
@@ -107,7 +109,7 @@ def logits_and_streams(model: ThoughtbubblesForCausalLM, ids: Tensor, **argument
     return out.logits, out.streams
 
 
-@every_control
+@every_rule
 @given(length=st.integers(2, 17), data=st.data())
 def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
@@ -117,7 +119,7 @@ def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], le
     assert torch.equal(before[:, :prefix], after[:, :prefix])
 
 
-@every_control
+@every_rule
 @given(length=st.integers(2, 17), data=st.data())
 def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
@@ -126,7 +128,7 @@ def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, 
     assert torch.allclose(part, whole[:, :prefix], rtol=0, atol=1e-5)
 
 
-@every_control
+@every_rule
 @given(length=st.integers(1, 17), seed=st.integers(0, 5))
 def test_roots_order_and_budget_of_every_prefix(rules: dict[str, Any], length: int, seed: int) -> None:
     mask = padding_mask("holes", 3, length)
@@ -140,7 +142,7 @@ def test_roots_order_and_budget_of_every_prefix(rules: dict[str, Any], length: i
             assert (alive <= floor_times(parse_budget(rules["budget"]), tokens)).all()
 
 
-@every_control
+@every_rule
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 def test_padding_and_other_rows_do_not_matter(rules: dict[str, Any], padding: str) -> None:
     model, ids, mask = tiny_model(**rules), random_ids(4, 13), padding_mask(padding, 4, 13)
@@ -155,7 +157,7 @@ def test_padding_and_other_rows_do_not_matter(rules: dict[str, Any], padding: st
     assert together.isfinite().all()
 
 
-@every_control
+@every_rule
 def test_a_row_of_padding_alone_is_harmless(rules: dict[str, Any]) -> None:
     model, ids = tiny_model(**rules), random_ids(2, 9)
     mask = torch.tensor([[1], [0]]).expand(2, 9)

@@ -39,7 +39,7 @@ from thoughtbubbles.reference import reference_forward
 from thoughtbubbles.streams import Streams
 
 FACTORS: dict[str, list[Any]] = {
-    "routing": ["causal", "topk", "none", "random", "random-topk", "uniform"],
+    "routing": ["causal", "threshold", "topk", "none", "random", "random-topk", "uniform"],
     "gate_scores": ["learned", "forks", "fixed"],
     "fork_embedding": ["absolute", "relative"],
     "attenuation": ["paper", "released", "none"],
@@ -99,6 +99,7 @@ def test_model_equals_the_reference_on_the_grid(case: Case, record_property: Cal
 def test_float64_model_equals_the_reference_to_the_last_digits(attenuation: str, merge: str) -> None:
     for routing, budget in (
         ("causal", 1.5),
+        ("threshold", 1.5),
         ("topk", 1.2),
         ("causal", 1),
         ("random", 1.5),
@@ -114,12 +115,11 @@ def test_float64_model_equals_the_reference_to_the_last_digits(attenuation: str,
 
 def test_reference_alone_chooses_the_same_survivors() -> None:
     """The other tests hand the reference the model's survivors."""
-    for routing in ("causal", "topk", "random", "random-topk", "uniform"):
+    for routing in GATED:
         model, ids = tiny_model(5, **routed(routing), budget=1.5).double(), random_ids(3, 9)
         mask = padding_mask("holes", 3, 9)
         out = model(ids, attention_mask=mask, output_streams=True)
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-        forks = reference_forward(model.config, parameters, ids, mask).forks
+        forks = reference_forward(model.config, model.state_dict(), ids, mask).forks
         chosen = [{layer: fork.survivors for layer, fork in row.items()} for row in forks]
         assert survivors_of(out.streams, model.config.gated_layers) == chosen
 

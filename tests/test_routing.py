@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from thoughtbubbles import reference
 from thoughtbubbles.budget import parse_budget
 from thoughtbubbles.controls import ROUTERS, route_uniform
 from thoughtbubbles.routing import Router, _count_smaller_before, route_causal, route_topk, width_after_routing
+from thoughtbubbles.threshold import route_threshold
 
 SCORES = [0.0, -0.0, -0.5, -1.0, -1.5, -2.25, -20.0]
 BUDGETS = [1, "6/5", 1.2, 1.5, 2, 3.25, 1.0001, 4 / 3, 0.1 + 0.2 + 1, 5]
@@ -49,7 +51,14 @@ def rows(draw: st.DrawFn, min_tokens: int = 0) -> Row:
 
 
 budgets = st.one_of(st.sampled_from(BUDGETS), st.fractions(1, 6, max_denominator=30)).map(parse_budget)
-either_router = pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
+THRESHOLDS = {"any score": -math.inf, "some scores": -1.0, "no score": 0.5}
+THRESHOLD_ROUTERS: dict[str, Router] = {
+    f"threshold-{name}": partial(route_threshold, threshold=threshold) for name, threshold in THRESHOLDS.items()
+}
+# Without a threshold that keeps candidates out.
+EAGER_ROUTERS = {**ROUTERS, "threshold-any score": THRESHOLD_ROUTERS["threshold-any score"]}
+either_router = pytest.mark.parametrize("router", [*ROUTERS.values(), *THRESHOLD_ROUTERS.values()], ids=str)
+eager_router = pytest.mark.parametrize("router", EAGER_ROUTERS.values(), ids=EAGER_ROUTERS.keys())
 
 
 def as_tensors(batch: list[Row], spare: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,6 +102,12 @@ def test_uniform_equals_the_loops(row: Row, budget: Fraction) -> None:
     assert survivors(route_uniform, row, budget) == expected
 
 
+@given(rows(), budgets, st.one_of(st.sampled_from([-math.inf, *SCORES]), st.floats(-20, 0)))
+def test_threshold_equals_the_loops(row: Row, budget: Fraction, threshold: float) -> None:
+    expected = reference.route_threshold(row.scores, row.tokens, row.optional, budget, threshold)
+    assert survivors(partial(route_threshold, threshold=threshold), row, budget) == expected
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_causal_equals_the_loops_on_a_long_row(budget: float | str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +144,7 @@ def test_budget_of_one_admits_nothing(router: Router, row: Row) -> None:
     assert survivors(router, row, Fraction(1)) == [not optional for optional in row.optional]
 
 
-@either_router
+@eager_router
 @given(row=rows())
 def test_large_budget_admits_all(router: Router, row: Row) -> None:
     assert all(survivors(router, row, LARGE))
@@ -153,7 +168,7 @@ def test_number_of_survivors_fits_the_static_width(router: Router, row: Row, bud
     assert sum(survivors(router, row, budget)) <= width_after_routing(routing, len(row.scores) // 2, tokens, budget)
 
 
-@either_router
+@eager_router
 def test_ties_go_to_the_leftmost(router: Router) -> None:
     # Two optional candidates may survive: the fork of token 0, and of the three of token 1 the leftmost.
     row = row_of([1, 2], [-1.0] * 6)
@@ -168,7 +183,8 @@ def test_routing_passes_no_gradient(router: Router) -> None:
 
 # --- Promises of the routers that see no later token ---
 
-causal_router = pytest.mark.parametrize("router", [route_causal, route_uniform], ids=["causal", "uniform"])
+CAUSAL_ROUTERS: dict[str, Router] = {"causal": route_causal, "uniform": route_uniform, **THRESHOLD_ROUTERS}
+causal_router = pytest.mark.parametrize("router", CAUSAL_ROUTERS.values(), ids=CAUSAL_ROUTERS.keys())
 
 
 @causal_router
@@ -206,6 +222,26 @@ def test_uniform_routes_each_token_by_itself(row: Row, data: st.DataObject, budg
     alone = Row([row.scores[c] for c in own], [token] * len(own), [row.optional[c] for c in own])
     survive = survivors(route_uniform, row, budget)
     assert survivors(route_uniform, alone, budget) == [survive[c] for c in own]
+
+
+@given(rows(min_tokens=2), st.data(), budgets, st.sampled_from(list(THRESHOLDS.values())))
+def test_threshold_goes_on_from_the_credit_alone(
+    row: Row, data: st.DataObject, budget: Fraction, threshold: float
+) -> None:
+    router = partial(route_threshold, threshold=threshold)
+    whole = survivors(router, row, budget)
+    end = len(row.prefix(data.draw(st.integers(1, row.optional.count(False) - 1))).scores)
+    rest = Row(row.scores[end:], row.tokens[end:], row.optional[end:])
+    admitted = sum(s and o for s, o in zip(whole[:end], row.optional[:end], strict=True))
+    router = partial(router, past_admitted=torch.tensor([admitted]))
+    assert survivors(router, rest, budget) == whole[end:]
+
+
+def test_threshold_lets_a_hard_token_spend_what_easy_ones_left() -> None:
+    # Two forks may be admitted by token 1, and one of token 0 would have taken half of the credit.
+    row = row_of([1, 2], [-3.0, 0.0, -1.0, -1.5, -0.5, 0.0])
+    router = partial(route_threshold, threshold=-2.0)
+    assert survivors(router, row, Fraction(2)) == [False, True, True, False, True, True]
 
 
 def test_topk_leaks_the_future() -> None:

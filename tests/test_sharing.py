@@ -28,7 +28,7 @@ CODE = {
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding", "columns", "wide"),
+        *("accounting", "controls", "sharing", "decoding", "columns", "threshold", "wide"),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -102,8 +102,8 @@ def test_copies_are_complete_and_minimal(folder: Path) -> None:
     assert reached == CODE
 
 
-def test_copies_cost_an_eighth_of_a_megabyte(folder: Path) -> None:
-    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 125_000
+def test_copies_cost_little_beside_any_weights(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 140_000
 
 
 def test_config_names_the_classes(folder: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles
     from thoughtbubbles.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
     from thoughtbubbles.streams import Streams
+    from thoughtbubbles.threshold import update_thresholds
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "convert_released_state_dict",
     "trace_bubbles",
+    "update_thresholds",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "ThoughtbubblesModel": "modeling",
     "convert_released_state_dict": "conversion",
     "trace_bubbles": "inspection.trace",
+    "update_thresholds": "threshold",
 }
 
 

@@ -204,8 +204,8 @@ def cache_bytes(
 
     A layer keeps for each of its streams keys and values, a head as wide as it enters the product, and the token's
     ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
-    (13 bytes). Memory grows in steps of `cache.BLOCK` entries, which may come on top; where scores leave some of the
-    budget unspent, less is held.
+    (13 bytes), or where a threshold chooses the ordinal of each that was admitted. Memory grows in steps of
+    `cache.BLOCK` entries, which may come on top; where scores leave some of the budget unspent, less is held.
 
     Args:
         precision: of the model's numbers, float32 or bfloat16.
@@ -219,7 +219,8 @@ def cache_bytes(
     for layer, width in enumerate(entering[1:]):
         total += width * (2 * _head_channels(config, layer, precision, device) * item_bytes(precision) + 8)
         if layer in config.gated_layers:
-            total += (2 * entering[layer] - context) * (WIDE + 8 + 1)
+            optional = 2 * entering[layer] - context
+            total += 8 * (width - context) if config.admission_rule == "threshold" else optional * (WIDE + 8 + 1)
     return total
 
 

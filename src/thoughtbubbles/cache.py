@@ -170,6 +170,28 @@ class ForkMemory(_RowMemory):
         self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
 
 
+class CreditMemory(_RowMemory):
+    """What a fork layer must remember where a threshold chooses: the ordinals of what was admitted, and no scores."""
+
+    def __init__(self) -> None:
+        super().__init__(RowBuffer(1))
+
+    @property
+    def past_admitted(self) -> Tensor | None:
+        """[B] how many optional candidates were admitted; None if there are none."""
+        ordinals = self.token.data
+        return torch.tensor(self.lengths, device=ordinals.device) if ordinals is not None and self.lengths else None
+
+    def append(self, token: Tensor, admitted: Tensor) -> None:
+        """Keep the ordinals `token` of the new candidates [B, M] that were admitted."""
+        counts: list[int] = admitted.sum(1).tolist()
+        starts = self.lengths or [0] * len(counts)
+        if width := max(counts):
+            order = torch.argsort(~admitted, dim=1, stable=True)[:, :width]
+            self.token.write(token.gather(1, order), starts)
+        self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+
+
 class StreamCache(Cache):
     """Everything that decoding needs of the tokens so far (Design 3.8).
 
@@ -187,7 +209,7 @@ class StreamCache(Cache):
         """Forget everything, the budget included."""
         self.budget: Fraction | None = None
         self.attention: list[AttentionMemory] = []
-        self.forks: dict[int, ForkMemory] = {}
+        self.forks: dict[int, ForkMemory | CreditMemory] = {}
         self.real: Tensor | None = None
         self._owner: tuple[Any, ...] | None = None
 
@@ -203,11 +225,13 @@ class StreamCache(Cache):
             config.num_attention_heads,
             config.gated_layers + config.copied_layers,
             config.attenuation,
+            config.admission_rule == "threshold",
         )
         if self._owner is None:
             self._owner, self.budget = owner, budget
             self.attention = [AttentionMemory() for _ in range(config.num_hidden_layers)]
-            self.forks = {layer: ForkMemory() for layer in config.gated_layers}
+            memory = CreditMemory if config.admission_rule == "threshold" else ForkMemory
+            self.forks = {layer: memory() for layer in config.gated_layers}
         if owner != self._owner:
             raise ValueError(f"cache: filled by a model of shape {self._owner}, expected {owner}")
         if budget != self.budget:

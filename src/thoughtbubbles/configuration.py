@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from .budget import Budget, parse_budget
 
-ROUTINGS = ("causal", "topk", "none", "copy", "pause", "random", "uniform")
+ROUTINGS = ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform")
 RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")
@@ -43,9 +43,10 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         budget: streams per token that may exist, at least 1, taken as the exact rational of its decimal text
             (Design 3.3). The default at run time; `forward(budget=...)` overrides it. A whole number when routing is
             `copy` or `pause`; no later budget of `pause` may be larger.
-        routing: `causal` (exactly left to right), `topk` (the paper's, whole row) or `none` (dense); or a control
-            that learns no choice: `random` and `uniform` (forks by a hash), `copy` (every token is `budget` streams)
-            or `pause` (learned vectors follow every token).
+        routing: `causal` (exactly left to right), `threshold` (the same with a threshold in the place of ranks, which
+            training sets), `topk` (the paper's, whole row) or `none` (dense); or a control that learns no choice:
+            `random` and `uniform` (forks by a hash), `copy` (every token is `budget` streams) or `pause` (learned
+            vectors follow every token).
         random_rule: `causal` or `topk`: how `random` routes by its hash. Without effect otherwise.
         routing_seed: of the hash of `random` and `uniform`, from 0 to 2^32 - 1. Without effect otherwise.
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.

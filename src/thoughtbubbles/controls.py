@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .budget import MAX_TOKENS, floor_times
+from .budget import MAX_TOKENS
 from .configuration import ThoughtbubblesConfig
-from .routing import Router, rank_optional, route_causal, route_topk
+from .routing import Router, allowances, rank_optional, route_causal, route_topk, visiting_order
 from .streams import Streams
 
 _LANES = (0x9E3779B9, 0x85EBCA6B)
@@ -71,12 +71,10 @@ def route_uniform(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor
 
     A router like those of `routing`, where the arguments are explained. Each token is routed by itself.
     """
-    length = token.shape[1]
-    place = torch.where(alive, token, MAX_TOKENS)
-    visit = torch.argsort(place * length + rank_optional(scores, optional), dim=1)
-    visited = place.gather(1, visit)
-    rank = torch.arange(length, device=token.device) - torch.searchsorted(visited, visited)
-    share = floor_times(budget - 1, visited + 1) - floor_times(budget - 1, visited)
+    visit = visiting_order(rank_optional(scores, optional), token, alive)
+    visited = torch.where(alive, token, MAX_TOKENS).gather(1, visit)
+    rank = torch.arange(token.shape[1], device=token.device) - torch.searchsorted(visited, visited)
+    share = allowances(budget, visited) - allowances(budget, visited - 1)
     admitted = optional.gather(1, visit) & (rank < share)
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
 

@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import ForkMemory
+from .cache import CreditMemory, ForkMemory
 from .configuration import ThoughtbubblesConfig
 from .controls import ROUTERS, draw_of
 from .routing import route_causal, width_after_routing
 from .streams import Streams
+from .threshold import ScoreHistogram, route_threshold
 from .wide import WideLayerNorm, WideLinear, root_mean_square
 
 MIN_LOG_SIGMOID = -20.0
+AnyMemory = ForkMemory | CreditMemory | None
 
 
 class ForkGate(nn.Module):
@@ -25,6 +27,8 @@ class ForkGate(nn.Module):
         super().__init__()
         self.rule = config.admission_rule
         self.draw = draw_of(config, layer)
+        self.histogram = ScoreHistogram() if self.rule == "threshold" else None
+        self.index = sum(fork < layer for fork in config.gated_layers)
         self.gate_scores = config.gate_scores
         if self.gate_scores != "fixed":
             self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
@@ -42,7 +46,11 @@ class ForkGate(nn.Module):
             init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
     def forward(
-        self, streams: Streams, budget: Fraction, memory: ForkMemory | None = None, step: Tensor | int = 0
+        self,
+        streams: Streams,
+        budget: Fraction,
+        memory: ForkMemory | CreditMemory | None = None,
+        step: Tensor | int = 0,
     ) -> Streams:
         """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
 
@@ -54,17 +62,32 @@ class ForkGate(nn.Module):
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
         rivals = scores.detach() if self.draw is None else self.draw(token, step=step)
-        if memory is None or self.rule == "uniform":  # whose tokens are routed each by itself
-            survive = ROUTERS[self.rule](rivals, token, optional, alive, budget)
-        else:
-            survive = route_causal(rivals, token, optional, alive, budget, memory.past_scores, memory.past_admitted)
-            memory.append(rivals, token, survive, optional)
+        survive = self._route((rivals, token, optional, alive, budget), memory)
         if memory is None:
             width = width_after_routing(self.rule, streams.token.shape[1], streams.num_tokens, budget)
         else:
             width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
         return self.select(streams, scores, origin, alive)
+
+    def _route(self, candidates: tuple[Tensor, Tensor, Tensor, Tensor, Fraction], memory: AnyMemory) -> Tensor:
+        """[B, 2N] bool: which survive of the candidates, given as a router takes them."""
+        rivals, token, optional, _, budget = candidates
+        if self.histogram is not None:
+            assert not isinstance(memory, ForkMemory)
+            threshold = self.histogram.threshold(budget, self.index)
+            survive = route_threshold(*candidates, threshold, None if memory is None else memory.past_admitted)
+            if self.training:
+                self.histogram.observe(rivals, optional)
+            if memory is not None:
+                memory.append(token, survive & optional)
+        elif memory is None or self.rule == "uniform":  # whose tokens are routed each by itself
+            survive = ROUTERS[self.rule](*candidates)
+        else:
+            assert isinstance(memory, ForkMemory)
+            survive = route_causal(*candidates, memory.past_scores, memory.past_admitted)
+            memory.append(rivals, token, survive, optional)
+        return survive
 
     def candidate_scores(self, streams: Streams) -> Tensor:
         """[B, 2N] log scores of the candidates, (fork, keep) where each stream stood."""

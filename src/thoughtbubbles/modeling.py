@@ -28,6 +28,7 @@ from .loss import chunked_next_token_loss, next_token_loss, next_token_targets
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import Streams
+from .threshold import ScoreHistogram
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +96,8 @@ class ThoughtbubblesPreTrainedModel(SharedModel):
             init.normal_(module.weight, std=std)
         elif isinstance(module, ForkGate):
             module.reset_embedding()
+        elif isinstance(module, ScoreHistogram):
+            module.forget()
 
 
 class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):

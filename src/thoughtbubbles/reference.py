@@ -20,7 +20,7 @@ from torch import Tensor
 LOG_SCORE_FLOOR = -20.0
 IGNORED_LABEL = -100
 CHOICES = {
-    "routing": ("causal", "topk", "none", "copy", "pause", "random", "uniform"),
+    "routing": ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform"),
     "attenuation": ("paper", "released", "none"),
     "merge": ("residual", "residual-normed", "probability", "root"),
     "hidden_act": ("gelu",),
@@ -46,6 +46,7 @@ class ReferenceFork:
     candidate_tokens: list[int]
     optional: list[bool]
     survivors: list[int]  # ascending candidate indices
+    threshold: float  # the least score that was eligible, by the rule `threshold`
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,39 @@ def route_causal(
     return survive
 
 
+def route_threshold(
+    scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction, threshold: float
+) -> list[bool]:
+    """Choose survivors among those who reach the threshold, until the credit is spent (Design 3.3).
+
+    Arguments as for `route_causal`; `threshold` is a log score.
+    """
+    survive = [not is_optional for is_optional in optional]
+    eligible = [c for c in range(len(scores)) if optional[c] and scores[c] >= threshold]
+    admitted = 0
+    for c in sorted(eligible, key=lambda c: (tokens[c], -scores[c], c)):
+        if admitted < math.floor((budget - 1) * (tokens[c] + 1)):
+            survive[c] = True
+            admitted += 1
+    return survive
+
+
+def calibrated_threshold(shares: Sequence[float], budget: Fraction, forks_before: int) -> float:
+    """Return the least score that a fork layer admits, by the running histogram of its scores (Design 3.3).
+
+    `shares` [2048] are those of the optional candidates in bins of 1/64 nat each, from score 0 down.
+    """
+    streams = min(2**forks_before, budget)
+    wanted = (budget - 1) / (2 * streams - 1)
+    if wanted >= 1:
+        return -math.inf
+    bins, reached = 1, shares[0]
+    while reached < wanted * sum(shares):
+        reached += shares[bins]
+        bins += 1
+    return -bins / 64
+
+
 def route_topk(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
 ) -> list[bool]:
@@ -146,6 +180,20 @@ def route_uniform(
 ROUTERS = {"causal": route_causal, "topk": route_topk, "uniform": route_uniform}
 
 
+def route(
+    rule: str,
+    scores: Sequence[float],
+    tokens: Sequence[int],
+    optional: Sequence[bool],
+    budget: Fraction,
+    threshold: float,
+) -> list[bool]:
+    """Choose survivors by the rule of that name (Design 3.3); `threshold` is for the rule `threshold` alone."""
+    if rule == "threshold":
+        return route_threshold(scores, tokens, optional, budget, threshold)
+    return ROUTERS[rule](scores, tokens, optional, budget)
+
+
 def draw(seed: int, step: int, layer: int, token: int, place: int) -> float:
     """Hash the counters of one candidate to a score in [0, 1) (Design 3.3, `random`)."""
     lanes = []
@@ -167,6 +215,15 @@ def _rivals(model: _Model, layer: int, tokens: list[int], scores: list[Tensor]) 
     places = [tokens[:c].count(token) for c, token in enumerate(tokens)]
     seed, step = model.config.routing_seed, model.routing_step
     return [draw(seed, step, layer, token, place) for token, place in zip(tokens, places, strict=True)]
+
+
+def _threshold(model: _Model, layer: int) -> float:
+    """Return the least score that is eligible at a fork layer: any, before training set one (Design 3.3)."""
+    histogram = f"model.gates.{layer}.histogram"
+    if model.parameters[f"{histogram}.updates"] == 0:
+        return -math.inf
+    forks_before = sum(fork < layer for fork in model.fork_layers)
+    return calibrated_threshold(model.parameters[f"{histogram}.shares"].tolist(), model.budget, forks_before)
 
 
 # --- Gate (Design 3.2) ---
@@ -195,9 +252,10 @@ def _fork(
     tokens = [stream.token for stream in streams for _ in range(2)]
     optional = [choice for stream in streams for choice in (True, not stream.is_root)]
     rivals = _rivals(model, layer, tokens, scores)
+    rule = model.config.random_rule if model.config.routing == "random" else model.config.routing
+    threshold = _threshold(model, layer) if rule == "threshold" else -math.inf
     if given is None:
-        rule = model.config.random_rule if model.config.routing == "random" else model.config.routing
-        survive = ROUTERS[rule](rivals, tokens, optional, model.budget)
+        survive = route(rule, rivals, tokens, optional, model.budget, threshold)
         survivors = [c for c in range(len(scores)) if survive[c]]
     else:
         survivors = sorted(set(given))
@@ -216,7 +274,7 @@ def _fork(
             forked.append(replace(source, log_score=scores[c]))
     # A row of padding alone has no candidates, and torch stacks no empty list.
     stacked = torch.stack(scores) if scores else embedding.new_zeros(0)
-    return forked, ReferenceFork(stacked, rivals, tokens, optional, survivors)
+    return forked, ReferenceFork(stacked, rivals, tokens, optional, survivors, threshold)
 
 
 def _copy(model: _Model, copies: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:

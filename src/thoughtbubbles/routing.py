@@ -45,8 +45,8 @@ def route_causal(
         past_admitted: [B] how many of those were admitted.
     """
     rank = rank_optional(scores, optional)
-    visit = torch.argsort(torch.where(alive, token, MAX_TOKENS) * token.shape[1] + rank, dim=1)
-    allowance = floor_times(budget - 1, token.gather(1, visit) + 1)
+    visit = visiting_order(rank, token, alive)
+    allowance = allowances(budget, token.gather(1, visit))
 
     # Before c come, in visiting order, all optional candidates of earlier tokens and the better ones of its
     # own: exactly those of tokens <= t that may outrank it.
@@ -55,7 +55,7 @@ def route_causal(
         outranked_by = outranked_by + _count_at_least(past_scores, scores).gather(1, visit)
     eligible = optional.gather(1, visit) & (outranked_by < allowance)
     credit_used = 0 if past_admitted is None else past_admitted[:, None]
-    admitted = _admit_within_credit(eligible, allowance, credit_used)
+    admitted = admit_within_credit(eligible, allowance, credit_used)
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
 
 
@@ -84,7 +84,17 @@ def rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
     )
 
 
-def _admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor | int) -> Tensor:
+def visiting_order(rank: Tensor, token: Tensor, alive: Tensor) -> Tensor:
+    """[B, M] the candidates by token, and by their places [B, M] in a ranking within one; the dead come last."""
+    return torch.argsort(torch.where(alive, token, MAX_TOKENS) * token.shape[1] + rank, dim=1)
+
+
+def allowances(budget: Fraction, token: Tensor) -> Tensor:
+    """a(t) of Design 3.3 for ordinals [B, M]: how many optional candidates tokens 0..t may have admitted."""
+    return floor_times(budget - 1, token + 1)
+
+
+def admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor | int) -> Tensor:
     """Step 2 of the causal rule in closed form (Design 3.3); [B, M] in visiting order, credit used before [B, 1]."""
     visited = eligible.cumsum(1)
     slack = torch.where(eligible, allowance - credit_used - visited, 0)

@@ -43,6 +43,7 @@ CONTROL_SUMMARY = (
 )
 ROUTINGS = {
     "causal": "causal: exactly left to right, no logit depends on a later token",
+    "threshold": "threshold: exactly left to right, forks survive whose scores reach a threshold that training set",
     "topk": "topk: the best candidates of the whole row survive",
     "none": "none: no forks",
     "copy": "copy: from one layer on every token is several streams, at first equal",
@@ -166,7 +167,7 @@ def write_model_card(
 
 
 def _summary(config: ThoughtbubblesConfig) -> str:
-    if config.routing in ("causal", "topk") and config.gated_layers:
+    if config.routing in ("causal", "threshold", "topk") and config.gated_layers:
         return SUMMARY
     return CONTROL_SUMMARY if config.gated_layers or config.copied_layers else DENSE_SUMMARY
 

@@ -58,6 +58,7 @@ def evaluated(model: ThoughtbubblesForCausalLM, ids: Tensor) -> Tensor:
     [
         ("causal", [1.5, 2]),
         ("topk", [1.5, 2]),
+        ("threshold", [1.5, 2]),
         ("none", [1]),
         pytest.param("random", [1.5, 2], marks=long),
         pytest.param("uniform", [1.5, 2], marks=long),
@@ -70,7 +71,7 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     routing: str, budgets: list[float], checkpointing: bool, graphs: CompileCounterWithBackend
 ) -> None:
     shape: dict[str, Any] = {"routing": routing, "num_hidden_layers": 2, "budget": 2}
-    shape["fork_layers"] = [1] if routing in ("causal", "topk", "random", "uniform") else []
+    shape["fork_layers"] = [1] if routing not in ("none", "copy", "pause") else []
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     if checkpointing:
         for model in (eager, compiled):

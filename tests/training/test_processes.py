@@ -121,6 +121,27 @@ def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_thresholds_are_those_of_one_process(tmp_path: Path, tiny_data: PreparedData, sharding: str) -> None:
+    rule = "model.routing=threshold"
+    (tmp_path / "one").mkdir()
+    train(tiny_recipe(tmp_path / "one", tiny_data.path, rule), progress=False)
+    shared = [rule, f"training.sharding={sharding}", "training.micro_batch_size=1"]
+    run(tmp_path, tiny_data.path, 2, *shared)
+    assert_same_curve(tmp_path / "run", tmp_path / "one" / "run")
+    ours, theirs = (
+        load_file(folder / "run" / "model" / "model.safetensors") for folder in (tmp_path, tmp_path / "one")
+    )
+    name = "model.gates.2.histogram."
+    assert ours[f"{name}updates"] == theirs[f"{name}updates"] == 12
+    # A score at the edge of a bin may fall into the next, one of 192 of a step.
+    assert (ours[f"{name}shares"] - theirs[f"{name}shares"]).abs().sum() < 0.05
+    take_back_the_end(tmp_path / "run")
+    run(tmp_path, tiny_data.path, 1, *shared)
+    assert_same_curve(tmp_path / "run", tmp_path / "one" / "run")
+
+
+@pytest.mark.long
 def test_a_run_of_one_process_goes_on_divided_over_two(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
     take_back_the_end(tmp_path / "run")

@@ -136,8 +136,8 @@ def dial_figure(report: Report) -> Figure | None:
 
 
 def matrix_figure(report: Report) -> Figure | None:
-    """Loss of causal and topk variants trained on as many tokens, by training budget and test budget."""
-    rows = [row for row in _whole(report) if row.routing in ("causal", "topk") and len(row.at_budget) > 1]
+    """Loss of variants with learned forks, trained on as many tokens, by training budget and test budget."""
+    rows = [row for row in _whole(report) if row.routing in ("causal", "threshold", "topk") and len(row.at_budget) > 1]
     if len(rows) < 2:
         return None
     budgets = sorted({each for row in rows for each in row.at_budget}, key=parse_budget)

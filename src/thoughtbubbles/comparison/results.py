@@ -299,7 +299,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
             pairs.append(Pair(titles[ours], titles[theirs], found_difference))
 
     for row in rows:
-        if row.routing in ("causal", "topk", "random", "uniform") and row.budget != "1":
+        if row.routing in ("causal", "threshold", "topk", "random", "uniform") and row.budget != "1":
             if one is not None and _whole(planner, row):
                 ask(row.name, one)
             to_one = row.at_budget["1"].to_own

@@ -46,6 +46,7 @@ SHIPPED: dict[str, Variant] = {
     "random": _routed("random forks, budget {budget}", "random"),
     "uniform": _routed("uniform forks, budget {budget}", "uniform"),
     "no-attenuation": _routed("causal, no attenuation, budget {budget}", "causal", attenuation="none"),
+    "threshold": _routed("threshold, budget {budget}", "threshold"),
     "topk": _routed("topk, budget {budget}", "topk"),
     "causal": _CAUSAL,
     "causal-relative": _routed("causal, relative fork embedding, budget {budget}", "causal", fork_embedding="relative"),

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl and the progress display."""
+"""What happens beside the steps of a run: metrics.jsonl, the progress display, thresholds."""
 
 import json
 import time
@@ -11,10 +11,21 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.files import write_text
+from thoughtbubbles.threshold import update_thresholds
 
 SECONDS_BETWEEN_LINES = 10.0
 # More than any row takes.
 TAIL_BYTES = 1 << 16
+
+
+class ThresholdCallback(TrainerCallback):
+    """Lets the thresholds of routing `threshold` follow the scores, in any Trainer of transformers."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after each step of the optimizer."""
+        update_thresholds(kwargs["model"])
 
 
 class MetricsWriter(TrainerCallback):

@@ -25,6 +25,7 @@ from thoughtbubbles.files import partial_path, replacing, write_text
 from thoughtbubbles.loss import IGNORE_INDEX
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.training import states
+from thoughtbubbles.training.callbacks import ThresholdCallback
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
 from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.forks import ForkStatistics
@@ -90,7 +91,10 @@ class BubbleTrainer(Trainer):
             train_dataset=data.samples,
             eval_dataset=next(iter(data.validation.values())).rows,
             processing_class=data.tokenizer,
-            callbacks=[_ShardingCheck(self), self.clock, _LossSum(self, checkpoint), *callbacks],
+            callbacks=[
+                *(_ShardingCheck(self), self.clock, _LossSum(self, checkpoint), ThresholdCallback()),
+                *callbacks,
+            ],
         )
         self.remove_callback(PrinterCallback)
         if self._divided:

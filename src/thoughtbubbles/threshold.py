@@ -1,0 +1,120 @@
+"""The calibrated causal rule: forks whose scores reach the threshold of their layer (Design 3.3, `threshold`).
+
+Shape letters: B batch, M candidates.
+"""
+
+from fractions import Fraction
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .routing import admit_within_credit, allowances, rank_optional, visiting_order
+
+BINS, BINS_PER_NAT = 2048, 64
+HORIZON = 32
+"""Updates that the running mean goes back."""
+
+
+@torch.no_grad()
+def route_threshold(
+    scores: Tensor,
+    token: Tensor,
+    optional: Tensor,
+    alive: Tensor,
+    budget: Fraction,
+    threshold: Tensor | float,
+    past_admitted: Tensor | None = None,
+) -> Tensor:
+    """Left to right within an allowance, whoever reaches the threshold: a router like those of `routing`.
+
+    Neither ranks nor scores of the past take part: a cache has to remember the credit alone.
+
+    Args:
+        threshold: scalar, the least score that is eligible; -inf where all are.
+        past_admitted: [B] optional candidates admitted among the tokens before these.
+    """
+    visit = visiting_order(rank_optional(scores, optional), token, alive)
+    eligible = (optional & (scores >= threshold)).gather(1, visit)
+    credit_used = 0 if past_admitted is None else past_admitted[:, None]
+    admitted = admit_within_credit(eligible, allowances(budget, token.gather(1, visit)), credit_used)
+    return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
+
+
+def share_admitted(budget: Fraction, fork: int) -> float:
+    """The share of its optional candidates that a fork layer can admit; `fork` counts the fork layers before it.
+
+    A token brings min(2^fork, kappa) streams where every allowance is spent, two candidates each, all optional but
+    the keep of its root, and may add kappa - 1.
+    """
+    n, d = budget.numerator, budget.denominator
+    share: float = (n - d) / (2 * min(2**fork * d, n) - d)
+    return min(share, 1.0)
+
+
+class ScoreHistogram(nn.Module):
+    """A running histogram of the scores of a fork layer's optional candidates: every budget has its threshold there.
+
+    Forward passes in training are observed; `update`, after an optimizer step, lets the running mean take in what they
+    saw. Counts add up, so that neither micro-batches nor processes matter. In evaluation nothing changes. Before the
+    first update every candidate is eligible.
+
+    Attributes:
+        shares: [2048] float32, the shares of the optional candidates with scores in (-(i + 1) / 64, -i / 64].
+        updates: int64 scalar.
+    """
+
+    shares: Tensor
+    updates: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shares", torch.empty(BINS))
+        self.register_buffer("updates", torch.empty((), dtype=torch.int64))
+        # No buffer, since DDP would overwrite it with that of the first process.
+        self.observed = torch.zeros(BINS, dtype=torch.int64, device="cpu")
+        self.forget()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Begin anew: no update was made."""
+        init.zeros_(self.shares)
+        init.zeros_(self.updates)
+
+    @torch.no_grad()
+    def observe(self, scores: Tensor, optional: Tensor) -> None:
+        """Count the optional ones of candidates [B, M]."""
+        self.observed = self.observed.to(scores.device)
+        index = torch.where(optional, scores * -BINS_PER_NAT, 0).long().clamp(max=BINS - 1)
+        self.observed.scatter_add_(0, index.flatten(), optional.flatten().long())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the running mean, over what all processes observed since the last."""
+        counts = self.observed.to(self.shares.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        if counts.any():
+            self.updates += 1
+            shares = (counts / counts.sum()).to(self.shares.dtype)
+            self.shares.lerp_(shares, 1 / min(int(self.updates), HORIZON))
+        self.observed = torch.zeros_like(counts)
+
+    def threshold(self, budget: Fraction, fork: int) -> Tensor:
+        """Scalar: the lower end of the bin by which the share that can be admitted is reached (`share_admitted`)."""
+        share = share_admitted(budget, fork)
+        above = self.shares.double().cumsum(0)
+        bins = 1 + (above < share * above[-1]).sum()
+        everything = (self.updates == 0) | (share == 1)
+        return torch.where(everything, -torch.inf, bins / -BINS_PER_NAT)
+
+
+def update_thresholds(model: nn.Module) -> None:
+    """What a training loop calls after each optimizer step, on every process, of a model with routing `threshold`.
+
+    A model with another routing has nothing to update.
+    """
+    for module in model.modules():
+        if isinstance(module, ScoreHistogram):
+            module.update()
