@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +31,7 @@ from thoughtbubbles.gate import pack_left
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesBlock
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.threshold import route_threshold, share_admitted
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     arguments = parse_arguments()
     rows = [
         measure(router, parse_budget(budget), length, arguments)
-        for router in ("causal", "topk")
+        for router in ("causal", "threshold", "topk")
         for budget in arguments.budgets
         for length in arguments.lengths
     ]
@@ -76,12 +78,15 @@ def measure(router: str, budget: Fraction, length: int, arguments: argparse.Name
     token, alive = (each.repeat_interleave(2, dim=1) for each in (streams.token, streams.alive))
     optional = torch.stack([streams.alive, ~streams.is_root], dim=2).flatten(1)
     scores = -torch.rand(token.shape, device=arguments.device)
+    # Scores are even in (-1, 0]: the threshold lets pass what the last fork layer can admit.
+    threshold = torch.tensor(-share_admitted(budget, fork=2), device=arguments.device)
+    rule = partial(route_threshold, threshold=threshold) if router == "threshold" else ROUTERS[router]
 
     def route() -> tuple[Tensor, Tensor]:
-        return pack_left(ROUTERS[router](scores, token, optional, alive, budget), width)
+        return pack_left(rule(scores, token, optional, alive, budget), width)
 
     routing, whole = (median(work, arguments) for work in (route, lambda: block(x, *angles, streams.log_score, None)))
-    name = f"{router:<8} budget {budget!s:<4} {length:>6} tokens"
+    name = f"{router:<9} budget {budget!s:<4} {length:>6} tokens"
     print(f"{name} {1000 * routing:>8.2f} ms, a block {1000 * whole:>8.2f} ms")
     seconds = {"routing_milliseconds": 1000 * routing, "block_milliseconds": 1000 * whole}
     return {"router": router, "budget": str(budget), "length": length, "width": width, **seconds}
