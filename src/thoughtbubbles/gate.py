@@ -28,7 +28,7 @@ class ForkGate(nn.Module):
         self.rule = config.admission_rule
         self.draw = draw_of(config, layer)
         self.histogram = ScoreHistogram() if self.rule == "threshold" else None
-        self.index = sum(fork < layer for fork in config.gated_layers)
+        self.forks_before = sum(fork < layer for fork in config.gated_layers)
         self.gate_scores = config.gate_scores
         if self.gate_scores != "fixed":
             self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
@@ -45,13 +45,7 @@ class ForkGate(nn.Module):
         else:
             init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
-    def forward(
-        self,
-        streams: Streams,
-        budget: Fraction,
-        memory: ForkMemory | CreditMemory | None = None,
-        step: Tensor | int = 0,
-    ) -> Streams:
+    def forward(self, streams: Streams, budget: Fraction, memory: AnyMemory = None, step: Tensor | int = 0) -> Streams:
         """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
 
         With the memory of a cache the causal rule goes on from what it holds, in place of topk too (Design 3.8), the
@@ -75,7 +69,7 @@ class ForkGate(nn.Module):
         rivals, token, optional, _, budget = candidates
         if self.histogram is not None:
             assert not isinstance(memory, ForkMemory)
-            threshold = self.histogram.threshold(budget, self.index)
+            threshold = self.histogram.threshold(budget, self.forks_before)
             survive = route_threshold(*candidates, threshold, None if memory is None else memory.past_admitted)
             if self.training:
                 self.histogram.observe(rivals, optional)
