@@ -1,8 +1,8 @@
 """Speed of decoding with a filled context, one token at a time, and the size of the cache.
 
-Variants of one shape and random weights: ours with its cache, ours recomputing the prefix (one row at a time only),
-our dense model with its cache, and the GPT-NeoX class of transformers with its own. They take turns round by round, so
-that a drifting machine touches all alike.
+Variants of one shape and random weights: ours with its cache, the same by the rule `threshold`, ours recomputing the
+prefix (one row at a time only), our dense model with its cache, and the GPT-NeoX class of transformers with its own.
+They take turns round by round, so that a drifting machine touches all alike.
 
 The last line is JSON: the settings, the machine, and for each variant, context and batch the median milliseconds a
 step, tokens per second and bytes of cache per token.
@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, update_thresholds
 from thoughtbubbles.cache import StreamCache
 from thoughtbubbles.decoding import CACHE_NAME
 from thoughtbubbles.machine import describe_machine
 
-VARIANTS = ("ours, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
+VARIANTS = ("ours, cached", "threshold, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
 
 
 def main() -> None:
     """Measure every context and batch."""
     arguments = parse_arguments()
     models = build_models(arguments)
-    refuse_wrong_results(models["ours"], min(arguments.contexts))
+    for name in ("ours", "threshold"):
+        refuse_wrong_results(models[name], min(arguments.contexts))
     rows: list[dict[str, Any]] = []
     for batch in arguments.batch_sizes:
         for context in arguments.contexts:
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_models(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ours, dense and GPT-NeoX of one shape."""
+    """Ours by two rules, dense and GPT-NeoX of one shape."""
     torch.manual_seed(0)
     longest = max(arguments.contexts) + arguments.steps + 8
     shape = {"max_position_embeddings": longest}
@@ -70,8 +71,20 @@ def build_models(arguments: argparse.Namespace) -> dict[str, Any]:
         tie_word_embeddings=True,
     )
     models: dict[str, Any] = {"ours": ThoughtbubblesForCausalLM(ours), "dense": ThoughtbubblesForCausalLM(dense)}
+    models["threshold"] = with_thresholds(models["ours"])
     models["GPT-NeoX"] = GPTNeoXForCausalLM(neox)
     return {name: model.to(arguments.device).eval() for name, model in models.items()}
+
+
+@torch.no_grad()
+def with_thresholds(model: ThoughtbubblesForCausalLM) -> ThoughtbubblesForCausalLM:
+    """The same weights and the rule `threshold`, with thresholds as random tokens set them."""
+    config = ThoughtbubblesConfig.from_dict({**model.config.to_dict(), "routing": "threshold"})
+    other = ThoughtbubblesForCausalLM(config)
+    other.load_state_dict(model.state_dict(), strict=False)
+    other(torch.randint(config.vocab_size, (1, 512)))
+    update_thresholds(other)
+    return other
 
 
 @torch.inference_mode()
@@ -91,10 +104,15 @@ def measure(models: dict[str, Any], context: int, batch: int, arguments: argpars
     """Rows of the result for one context and batch."""
     device = arguments.device
     ids = torch.randint(models["ours"].config.vocab_size, (batch, context + arguments.steps + 2), device=device)
-    caches: dict[str, Any] = {"ours": StreamCache(), "dense": StreamCache(), "GPT-NeoX": DynamicCache()}
+    caches: dict[str, Any] = {
+        "ours": StreamCache(),
+        "threshold": StreamCache(),
+        "dense": StreamCache(),
+        "GPT-NeoX": DynamicCache(),
+    }
     for name, cache in caches.items():
         models[name](ids[:, :context], **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    variants = VARIANTS if batch == 1 else VARIANTS[:3]
+    variants = VARIANTS if batch == 1 else VARIANTS[:4]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for step in range(arguments.steps + 1):
         for variant in variants:
