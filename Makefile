@@ -13,7 +13,7 @@ JOBS ?= 2
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
 	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (two hours on two CPU cores)"
-	@echo "make evaluate-books BOOKS=FOLDER EVALS=FOLDER  train three models longer, evaluate and fine-tune them (five hours)"
+	@echo "make evaluate-books BOOKS=FOLDER EVALS=FOLDER  train three models longer, evaluate, fine-tune two (five hours)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"
@@ -44,16 +44,20 @@ RUNS := runs/evaluate-books
 SMALL = --data-dir $(EVALS) --tier small --batch-size 16
 evaluate-books: books
 	for model in dense budget-1 causal; do \
+		case $$model in causal) budgets=1,2,4 ;; *) budgets=1 ;; esac; \
+		case $$model in dense) against= ;; *) against="--against $(RUNS)/dense/evaluation" ;; esac; \
 		$(BIN)/thoughtbubbles train recipes/evaluation/$$model.yaml && \
+		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model --tasks lambada,hellaswag,blimp,piqa,wikitext $(SMALL) \
+			--budget $$budgets --output $(RUNS)/$$model/evaluation $$against || exit 1; \
+	done
+	for model in dense causal; do \
+		case $$model in dense) budgets=1; against= ;; \
+			*) budgets=1,2,4; against="--against $(RUNS)/dense-gsm8k/evaluation" ;; esac; \
 		$(BIN)/thoughtbubbles train recipes/evaluation/gsm8k.yaml model.pretrained=$(RUNS)/$$model \
 			training.output=$(RUNS)/$$model-gsm8k data.source=$(EVALS)/gsm8k-train.parquet \
-			training.eval_tasks_dir=$(EVALS) || exit 1; \
-		case $$model in causal) budgets=1,2,4 ;; *) budgets=1 ;; esac; \
-		case $$model in dense) against= ;; *) against="--against $(RUNS)/dense" ;; esac; \
-		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model --tasks lambada,hellaswag,blimp,piqa,wikitext $(SMALL) \
-			--budget $$budgets --output $(RUNS)/$$model/evaluation $${against:+$$against/evaluation} && \
+			training.eval_tasks_dir=$(EVALS) && \
 		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 --separator $(SMALL) \
-			--budget $$budgets --output $(RUNS)/$$model-gsm8k/evaluation $${against:+$$against-gsm8k/evaluation} || exit 1; \
+			--budget $$budgets --output $(RUNS)/$$model-gsm8k/evaluation $$against || exit 1; \
 	done
 
 test: $(READY)
