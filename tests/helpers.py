@@ -63,7 +63,7 @@ def set_thresholds(module: nn.Module) -> None:
     """Thresholds as if scores were spread evenly over three nats, where routing is `threshold`."""
     for part in module.modules():
         if isinstance(part, ScoreHistogram):
-            part.shares.copy_((torch.arange(len(part.shares)) < 3 * 64) / (3 * 64))
+            part.reached.copy_((torch.arange(1, len(part.reached) + 1) / (3 * 64)).clamp(max=1))
             part.updates.fill_(1)
 
 

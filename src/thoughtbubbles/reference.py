@@ -129,20 +129,18 @@ def route_threshold(
     return survive
 
 
-def calibrated_threshold(shares: Sequence[float], budget: Fraction, forks_before: int) -> float:
+def calibrated_threshold(reached: Sequence[float], budget: Fraction, forks_before: int) -> float:
     """Return the least score that a fork layer admits, by the running histogram of its scores (Design 3.3).
 
-    `shares` [2048] are those of the optional candidates in bins of 1/64 nat each, from score 0 down.
+    `reached` [2048] are the shares of the optional candidates with scores above -1/64, -2/64 and so on.
     """
     streams = min(2**forks_before, budget)
     wanted = (budget - 1) / (2 * streams - 1)
     if wanted >= 1:
         return -math.inf
-    bins, reached = 1, shares[0]
-    while reached < wanted * sum(shares):
-        reached += shares[bins]
-        bins += 1
-    return -bins / 64
+    # Shares are float32, and 1/3 has to equal 1/3.
+    wanted_share = torch.tensor(float(wanted), dtype=torch.float32).item()
+    return -(1 + sum(share < wanted_share for share in reached)) / 64
 
 
 def route_topk(
@@ -223,7 +221,7 @@ def _threshold(model: _Model, layer: int) -> float:
     if model.parameters[f"{histogram}.updates"] == 0:
         return -math.inf
     forks_before = sum(fork < layer for fork in model.fork_layers)
-    return calibrated_threshold(model.parameters[f"{histogram}.shares"].tolist(), model.budget, forks_before)
+    return calibrated_threshold(model.parameters[f"{histogram}.reached"].tolist(), model.budget, forks_before)
 
 
 # --- Gate (Design 3.2) ---

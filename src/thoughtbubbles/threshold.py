@@ -61,16 +61,16 @@ class ScoreHistogram(nn.Module):
     first update every candidate is eligible.
 
     Attributes:
-        shares: [2048] float32, the shares of the optional candidates with scores in (-(i + 1) / 64, -i / 64].
+        reached: [2048] float32, the share of the optional candidates with scores above -(i + 1) / 64.
         updates: int64 scalar.
     """
 
-    shares: Tensor
+    reached: Tensor
     updates: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("shares", torch.empty(BINS))
+        self.register_buffer("reached", torch.empty(BINS))
         self.register_buffer("updates", torch.empty((), dtype=torch.int64))
         # No buffer, since DDP would overwrite it with that of the first process.
         self.observed = torch.zeros(BINS, dtype=torch.int64, device="cpu")
@@ -79,7 +79,7 @@ class ScoreHistogram(nn.Module):
     @torch.no_grad()
     def forget(self) -> None:
         """Begin anew: no update was made."""
-        init.zeros_(self.shares)
+        init.zeros_(self.reached)
         init.zeros_(self.updates)
 
     @torch.no_grad()
@@ -92,20 +92,19 @@ class ScoreHistogram(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """One step of the running mean, over what all processes observed since the last."""
-        counts = self.observed.to(self.shares.device)
+        counts = self.observed.to(self.reached.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         if counts.any():
             self.updates += 1
-            shares = (counts / counts.sum()).to(self.shares.dtype)
-            self.shares.lerp_(shares, 1 / min(int(self.updates), HORIZON))
+            reached = (counts.cumsum(0) / counts.sum()).to(self.reached.dtype)
+            self.reached.lerp_(reached, 1 / min(int(self.updates), HORIZON))
         self.observed = torch.zeros_like(counts)
 
     def threshold(self, budget: Fraction, fork: int) -> Tensor:
         """Scalar: the lower end of the bin by which the share that can be admitted is reached (`share_admitted`)."""
         share = share_admitted(budget, fork)
-        above = self.shares.double().cumsum(0)
-        bins = 1 + (above < share * above[-1]).sum()
+        bins = 1 + (self.reached < share).sum()
         everything = (self.updates == 0) | (share == 1)
         return torch.where(everything, -torch.inf, bins / -BINS_PER_NAT)
 

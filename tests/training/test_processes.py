@@ -134,8 +134,8 @@ def test_thresholds_are_those_of_one_process(tmp_path: Path, tiny_data: Prepared
     )
     name = "model.gates.2.histogram."
     assert ours[f"{name}updates"] == theirs[f"{name}updates"] == 12
-    # A score at the edge of a bin may fall into the next, one of 192 of a step.
-    assert (ours[f"{name}shares"] - theirs[f"{name}shares"]).abs().sum() < 0.05
+    # A score at the edge of a bin may fall into the next: a step has 192.
+    assert (ours[f"{name}reached"] - theirs[f"{name}reached"]).abs().max() < 0.02
     take_back_the_end(tmp_path / "run")
     run(tmp_path, tiny_data.path, 1, *shared)
     assert_same_curve(tmp_path / "run", tmp_path / "one" / "run")
