@@ -13,7 +13,7 @@ from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Point, Report, VariantResult
 from thoughtbubbles.inspection.plots import LINE_COLOURS, axis_count, save_figure
 
-COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F")
+COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F", "#B2182B", "#7B3294", "#1B7837")
 STYLES = ("-", "--", ":", "-.")
 # The steep beginning of a curve hides what follows.
 SHOWN_FROM = 0.25
