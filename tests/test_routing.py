@@ -57,7 +57,8 @@ THRESHOLD_ROUTERS: dict[str, Router] = {
 }
 # Without a threshold that keeps candidates out.
 EAGER_ROUTERS = {**ROUTERS, "threshold-any score": THRESHOLD_ROUTERS["threshold-any score"]}
-either_router = pytest.mark.parametrize("router", [*ROUTERS.values(), *THRESHOLD_ROUTERS.values()], ids=str)
+EVERY_ROUTER = {**ROUTERS, **THRESHOLD_ROUTERS}
+every_router = pytest.mark.parametrize("router", EVERY_ROUTER.values(), ids=EVERY_ROUTER.keys())
 eager_router = pytest.mark.parametrize("router", EAGER_ROUTERS.values(), ids=EAGER_ROUTERS.keys())
 
 
@@ -131,14 +132,14 @@ def test_topk_is_a_stable_descending_sort_with_roots_first(row: Row, budget: Fra
 # --- Promises of every router ---
 
 
-@either_router
+@every_router
 @given(row=rows(), budget=budgets)
 def test_keeps_of_roots_survive(router: Router, row: Row, budget: Fraction) -> None:
     survive = survivors(router, row, budget)
     assert all(s for s, optional in zip(survive, row.optional, strict=True) if not optional)
 
 
-@either_router
+@every_router
 @given(row=rows())
 def test_budget_of_one_admits_nothing(router: Router, row: Row) -> None:
     assert survivors(router, row, Fraction(1)) == [not optional for optional in row.optional]
@@ -150,7 +151,7 @@ def test_large_budget_admits_all(router: Router, row: Row) -> None:
     assert all(survivors(router, row, LARGE))
 
 
-@either_router
+@every_router
 @given(batch=st.lists(rows(), min_size=2, max_size=4), spare=st.integers(1, 5), budget=budgets)
 def test_rows_and_dead_candidates_at_the_right_do_not_matter(
     router: Router, batch: list[Row], spare: int, budget: Fraction
@@ -161,7 +162,7 @@ def test_rows_and_dead_candidates_at_the_right_do_not_matter(
         assert survive == survivors(router, row, budget) + padding
 
 
-@either_router
+@every_router
 @given(row=rows(), budget=budgets)
 def test_number_of_survivors_fits_the_static_width(router: Router, row: Row, budget: Fraction) -> None:
     tokens, routing = row.optional.count(False), "topk" if router is route_topk else "causal"
@@ -175,7 +176,7 @@ def test_ties_go_to_the_leftmost(router: Router) -> None:
     assert survivors(router, row, Fraction(2)) == [True, True, True, False, False, True]
 
 
-@either_router
+@every_router
 def test_routing_passes_no_gradient(router: Router) -> None:
     scores, token, optional, alive = as_tensors([row_of([1, 2], [-1.0] * 6)])
     assert not router(scores.requires_grad_(), token, optional, alive, Fraction(2)).requires_grad

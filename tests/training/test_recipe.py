@@ -205,7 +205,7 @@ def test_build_config_refuses_budgets_that_copies_cannot_have(
         ("model.max_position_embeddings=4", "model.max_position_embeddings=4: expected at least 16"),
         (
             "model.routing=best",
-            "model.routing='best': expected one of causal, topk, none, copy, pause, random, uniform",
+            "model.routing='best': expected one of causal, threshold, topk, none, copy, pause, random, uniform",
         ),
         ("model.preset=huge", "model.preset='huge': expected one of"),
     ],
