@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 from .budget import Budget, parse_budget
 
 ROUTINGS = ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform")
+LEARNED_ROUTINGS = ("causal", "threshold", "topk")
+"""Those in which the gates' scores choose the forks."""
 RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .accounting import count_parameters
-from .configuration import ThoughtbubblesConfig
+from .configuration import LEARNED_ROUTINGS, ThoughtbubblesConfig
 
 CARD_NAME = "README.md"
 AUTO_MAP = {
@@ -167,7 +167,7 @@ def write_model_card(
 
 
 def _summary(config: ThoughtbubblesConfig) -> str:
-    if config.routing in ("causal", "threshold", "topk") and config.gated_layers:
+    if config.routing in LEARNED_ROUTINGS and config.gated_layers:
         return SUMMARY
     return CONTROL_SUMMARY if config.gated_layers or config.copied_layers else DENSE_SUMMARY
 

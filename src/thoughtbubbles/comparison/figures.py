@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 
 from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Point, Report, VariantResult
+from thoughtbubbles.configuration import LEARNED_ROUTINGS
 from thoughtbubbles.inspection.plots import LINE_COLOURS, axis_count, save_figure
 
 COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F", "#B2182B", "#7B3294", "#1B7837")
@@ -137,7 +138,7 @@ def dial_figure(report: Report) -> Figure | None:
 
 def matrix_figure(report: Report) -> Figure | None:
     """Loss of variants with learned forks, trained on as many tokens, by training budget and test budget."""
-    rows = [row for row in _whole(report) if row.routing in ("causal", "threshold", "topk") and len(row.at_budget) > 1]
+    rows = [row for row in _whole(report) if row.routing in LEARNED_ROUTINGS and len(row.at_budget) > 1]
     if len(rows) < 2:
         return None
     budgets = sorted({each for row in rows for each in row.at_budget}, key=parse_budget)

@@ -16,6 +16,7 @@ from thoughtbubbles.comparison.compare import Progress, Tuned
 from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.comparison.statistics import Estimate, estimate, paired_difference, spread_of
+from thoughtbubbles.configuration import LEARNED_ROUTINGS
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.run import METRICS_NAME, RUN_NAME, RunSummary
 
@@ -299,7 +300,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
             pairs.append(Pair(titles[ours], titles[theirs], found_difference))
 
     for row in rows:
-        if row.routing in ("causal", "threshold", "topk", "random", "uniform") and row.budget != "1":
+        if row.routing in (*LEARNED_ROUTINGS, "random", "uniform") and row.budget != "1":
             if one is not None and _whole(planner, row):
                 ask(row.name, one)
             to_one = row.at_budget["1"].to_own
