@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,9 @@ def test_files_of_a_report(tmp_path: Path, report: Report) -> None:
     html = (tmp_path / "report.html").read_text()
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["curves.png", "dial.png", "differences.png", "frontier.png", "half.png", "matrix.png"]
-    assert html.count("data:image/png;base64,") == len(pictures)
-    assert "http" not in html.replace("http-equiv", "")
+    text, embedded = re.subn("data:image/png;base64,[0-9A-Za-z+/=]+", "", html)
+    assert embedded == len(pictures)
+    assert "http" not in text.replace("http-equiv", "")
     for name in pictures:
         assert f"plots/{name}" in (tmp_path / "report.md").read_text()
         with Image.open(tmp_path / "plots" / name) as image:
