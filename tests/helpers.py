@@ -61,10 +61,14 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 def set_thresholds(module: nn.Module) -> None:
     """Thresholds as if scores were spread evenly over three nats, where routing is `threshold`."""
-    for part in module.modules():
-        if isinstance(part, ScoreHistogram):
-            part.reached.copy_((torch.arange(1, len(part.reached) + 1) / (3 * 64)).clamp(max=1))
-            part.updates.fill_(1)
+    for histogram in histograms(module):
+        histogram.reached.copy_((torch.arange(1, len(histogram.reached) + 1) / (3 * 64)).clamp(max=1))
+        histogram.updates.fill_(1)
+
+
+def histograms(module: nn.Module) -> list[ScoreHistogram]:
+    """Those of a model whose routing is `threshold`, in the order of its fork layers."""
+    return [part for part in module.modules() if isinstance(part, ScoreHistogram)]
 
 
 def random_model(config: ThoughtbubblesConfig, seed: int = 0) -> ThoughtbubblesForCausalLM:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers import random_ids, randomise, tiny_config, tiny_model
+from tests.helpers import histograms, random_ids, randomise, tiny_config, tiny_model
 from thoughtbubbles import ThoughtbubblesForCausalLM, update_thresholds
 from thoughtbubbles.reference import calibrated_threshold
 from thoughtbubbles.threshold import HORIZON, ScoreHistogram, share_admitted
@@ -28,10 +28,6 @@ def observed(*batches: Tensor) -> ScoreHistogram:
 def shares(histogram: ScoreHistogram) -> Tensor:
     """[2048] of the candidates in each bin."""
     return histogram.reached.diff(prepend=torch.zeros(1))
-
-
-def histograms(model: ThoughtbubblesForCausalLM) -> list[ScoreHistogram]:
-    return [module for module in model.modules() if isinstance(module, ScoreHistogram)]
 
 
 def fresh_model(**fields: object) -> ThoughtbubblesForCausalLM:

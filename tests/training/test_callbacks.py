@@ -6,16 +6,14 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from tests.helpers import random_ids, tiny_model
-from thoughtbubbles.threshold import ScoreHistogram
+from tests.helpers import histograms, random_ids, tiny_model
 from thoughtbubbles.training.callbacks import ThresholdCallback
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_thresholds_follow_the_optimizer_of_any_trainer(tmp_path: Path, micro_batches: int) -> None:
     model = tiny_model(routing="threshold")
-    histograms = [module for module in model.modules() if isinstance(module, ScoreHistogram)]
-    for histogram in histograms:
+    for histogram in histograms(model):
         histogram.forget()
     rows: Any = [{"input_ids": row, "labels": row} for row in random_ids(18, 9)]
     arguments = TrainingArguments(
@@ -29,5 +27,5 @@ def test_thresholds_follow_the_optimizer_of_any_trainer(tmp_path: Path, micro_ba
         use_cpu=True,
     )
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[ThresholdCallback()]).train()
-    assert [histogram.updates.item() for histogram in histograms] == [2, 2]
-    assert all(histogram.reached[-1] == 1 and not histogram.observed.any() for histogram in histograms)
+    assert [histogram.updates.item() for histogram in histograms(model)] == [2, 2]
+    assert all(histogram.reached[-1] == 1 and not histogram.observed.any() for histogram in histograms(model))
