@@ -1,0 +1,163 @@
+"""Train models on a procedural task and tabulate what forks are worth to them: the tables of docs/bubbles.md.
+
+python scripts/tasks.py arithmetic --rows 700000 --steps 6000 makes the rows, trains the variants, asks each model the
+test questions and writes table.md, of everything in the folder so far. Finished parts are not done again.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thoughtbubbles.comparison.pages import markdown_table
+from thoughtbubbles.comparison.statistics import Estimate, paired_difference
+from thoughtbubbles.comparison.tables import Table
+from thoughtbubbles.data.procedural import TASKS, make_task
+from thoughtbubbles.evaluation.answering import read_questions
+from thoughtbubbles.evaluation.exact_match import ANSWERS_NAME, measure_exact_match
+from thoughtbubbles.files import write_text
+from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.training.run import RunSummary, train
+
+BUDGETS = ["1", "1.5", "2"]
+MAX_DIFFICULTY = 4
+ANSWERS = f"exact-match/{ANSWERS_NAME}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to train: what it says otherwise than the recipe, and for how many times the steps."""
+
+    title: str
+    overrides: Sequence[str]
+    steps: float = 1.0
+    budgets: Sequence[str] = ("2",)
+
+
+VARIANTS = {
+    "dense": Variant("dense", ["model.routing=none"], budgets=["1"]),
+    "longer": Variant("dense, 1.75 times the steps", ["model.routing=none"], 1.75, ["1"]),
+    "copy": Variant("Copy-2", ["model.routing=copy"]),
+    "random": Variant("random forks, roots whole", ["model.routing=random", "model.gate_scores=forks"], 1.0, BUDGETS),
+    "causal": Variant("causal, budget 2", [], budgets=BUDGETS),
+    "forks": Variant("causal, roots whole", ["model.gate_scores=forks"], budgets=BUDGETS),
+    "quarter": Variant(
+        "causal, roots whole, budget 1.25", ["model.gate_scores=forks", "model.budget=1.25"], budgets=BUDGETS
+    ),
+}
+BASELINE = "dense"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A variant's runs.
+
+    Attributes:
+        variant: what was trained.
+        training_flops: of one run.
+        right: for each seed and budget, which questions were answered right, [questions].
+    """
+
+    variant: Variant
+    training_flops: float
+    right: dict[int, dict[str, npt.NDArray[np.float64]]]
+
+    def at(self, budget: str, seeds: Iterable[int]) -> npt.NDArray[np.float64]:
+        """Which were answered right at a budget, [seeds, questions]."""
+        return np.stack([self.right[seed][budget] for seed in seeds])
+
+
+def main() -> None:
+    """Make the rows, train, ask, tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=[name for name in sorted(TASKS) if name != "lookup"])
+    parser.add_argument("--rows", type=int, default=100_000, help="of training [%(default)s]")
+    parser.add_argument("--steps", type=int, default=2000, help="of 64 rows [%(default)s]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="to train each variant with [0]")
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), help="[all]")
+    parser.add_argument("--output", type=Path, help="folder for rows, runs and table.md [runs/tasks/TASK-STEPS]")
+    options = parser.parse_args()
+    output = options.output or Path("runs/tasks") / f"{options.task}-{options.steps}"
+    if not (output / "rows").exists():
+        make_task(TASKS[options.task], output / "rows", options.rows, MAX_DIFFICULTY)
+    for seed in options.seeds:
+        for name in options.variants:
+            run, variant = output / f"{name}-{seed}", VARIANTS[name]
+            steps = round(variant.steps * options.steps)
+            trained(Path("recipes/tasks") / f"{options.task}.yaml", variant, output / "rows", run, steps, seed)
+            ask(run, output / "rows", variant)
+    table = markdown_table(tabulated({name: found for name in VARIANTS if (found := read_result(name, output)).right}))
+    write_text(output / "table.md", table + "\n")
+    print(table)
+
+
+def trained(recipe: Path, variant: Variant, rows: Path, run: Path, steps: int, seed: int) -> None:
+    """Train a model in the folder `run`."""
+    settings = {
+        "data.source": rows / "train.jsonl",
+        "data.tokenizer": rows / "tokenizer",
+        "training.output": run,
+        "training.steps": steps,
+        "training.seed": seed,
+        "training.eval_every": steps // 4,
+        "training.save_every": steps // 4,
+        "training.precision": "bfloat16",
+    }
+    train(load_recipe(recipe, [*(f"{key}={value}" for key, value in settings.items()), *variant.overrides]))
+
+
+def ask(run: Path, rows: Path, variant: Variant) -> None:
+    """Write what a trained model answers to the test questions."""
+    source = rows / "test.jsonl"
+    if not (run / ANSWERS).exists():
+        budgets = [Fraction(budget) for budget in variant.budgets]
+        measure_exact_match(str(run), read_questions(source), str(source), budgets).write((run / ANSWERS).parent)
+
+
+def read_result(name: str, output: Path) -> Result:
+    """Of a variant, all seeds that were asked."""
+    runs = sorted(path.parents[1] for path in output.glob(f"{name}-*/{ANSWERS}"))
+    flops = float(np.mean([RunSummary.read(run).training_flops for run in runs])) if runs else 0.0
+    right = {}
+    for run in runs:
+        rows = [json.loads(line) for line in (run / ANSWERS).read_text(encoding="utf-8").splitlines()]
+        right[int(run.name.removeprefix(f"{name}-"))] = {
+            budget: np.array([float(row["right"]) for row in rows if row["budget"] == budget])
+            for budget in VARIANTS[name].budgets
+        }
+    return Result(VARIANTS[name], flops, right)
+
+
+def tabulated(results: dict[str, Result]) -> Table:
+    """A row a variant: exact match in % by test budget, and at the last against the baseline's."""
+    columns = ["", "seeds", "training FLOPs", *(f"budget {budget}" for budget in BUDGETS), f"minus {BASELINE}'s"]
+    rows = []
+    for name, result in results.items():
+        budgets = result.variant.budgets
+        shares = {budget: 100 * result.at(budget, result.right).mean() for budget in budgets}
+        shared = sorted(result.right.keys() & results[BASELINE].right.keys())
+        difference = ""
+        if shared and name != BASELINE:
+            theirs = results[BASELINE].at(VARIANTS[BASELINE].budgets[-1], shared)
+            difference = interval(paired_difference(result.at(budgets[-1], shared), theirs))
+        cells = (f"{shares[budget]:.1f}" if budget in shares else "" for budget in BUDGETS)
+        rows.append([result.variant.title, str(len(result.right)), f"{result.training_flops:.3g}", *cells, difference])
+    note = (
+        "Exact match in %, means over seeds. Differences in points at the last budget shown, over the seeds that both "
+        "have; in brackets 95% intervals over questions and, of several seeds, over these."
+    )
+    return Table("", columns, rows, note)
+
+
+def interval(difference: Estimate) -> str:
+    """In points."""
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:.1f} to {100 * difference.high:.1f})"
+
+
+if __name__ == "__main__":
+    main()
