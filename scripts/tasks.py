@@ -1,7 +1,8 @@
 """Train models on a procedural task and tabulate what forks are worth to them: the tables of docs/bubbles.md.
 
-python scripts/tasks.py arithmetic --rows 700000 --steps 6000 makes the rows, trains the variants, asks each model the
-test questions and writes table.md, of everything in the folder so far. Finished parts are not done again.
+python scripts/tasks.py arithmetic --rows 700000 --steps 6000 makes the rows, trains the variants of recipes/tasks/
+arithmetic.yaml, asks each model the test questions and writes table.md, of everything in the folder so far. Finished
+parts are not done again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from thoughtbubbles.training.run import RunSummary, train
 
 BUDGETS = ["1", "1.5", "2"]
 MAX_DIFFICULTY = 4
+RECIPES = {"arithmetic": "arithmetic", "arithmetic-small": "arithmetic", "kinship": "kinship", "recall": "recall"}
 ANSWERS = f"exact-match/{ANSWERS_NAME}"
 
 
@@ -41,7 +43,7 @@ class Variant:
 
 VARIANTS = {
     "dense": Variant("dense", ["model.routing=none"], budgets=["1"]),
-    "longer": Variant("dense, 1.75 times the steps", ["model.routing=none"], 1.75, ["1"]),
+    "longer": Variant("dense, 1.85 times the steps", ["model.routing=none"], 1.85, ["1"]),
     "copy": Variant("Copy-2", ["model.routing=copy"]),
     "random": Variant("random forks, roots whole", ["model.routing=random", "model.gate_scores=forks"], 1.0, BUDGETS),
     "causal": Variant("causal, budget 2", [], budgets=BUDGETS),
@@ -75,40 +77,36 @@ class Result:
 def main() -> None:
     """Make the rows, train, ask, tabulate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", choices=[name for name in sorted(TASKS) if name != "lookup"])
+    parser.add_argument("recipe", choices=sorted(RECIPES), help="of recipes/tasks")
     parser.add_argument("--rows", type=int, default=100_000, help="of training [%(default)s]")
     parser.add_argument("--steps", type=int, default=2000, help="of 64 rows [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="to train each variant with [0]")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), help="[all]")
-    parser.add_argument("--output", type=Path, help="folder for rows, runs and table.md [runs/tasks/TASK-STEPS]")
+    parser.add_argument("--output", type=Path, help="folder for rows, runs and table.md [runs/tasks/RECIPE-STEPS]")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another override for all variants"
+    )
     options = parser.parse_args()
-    output = options.output or Path("runs/tasks") / f"{options.task}-{options.steps}"
+    output = options.output or Path("runs/tasks") / f"{options.recipe}-{options.steps}"
     if not (output / "rows").exists():
-        make_task(TASKS[options.task], output / "rows", options.rows, MAX_DIFFICULTY)
+        make_task(TASKS[RECIPES[options.recipe]], output / "rows", options.rows, MAX_DIFFICULTY)
+    overrides = [f"data.source={output}/rows/train.jsonl", f"data.tokenizer={output}/rows/tokenizer", *options.set]
     for seed in options.seeds:
         for name in options.variants:
             run, variant = output / f"{name}-{seed}", VARIANTS[name]
             steps = round(variant.steps * options.steps)
-            trained(Path("recipes/tasks") / f"{options.task}.yaml", variant, output / "rows", run, steps, seed)
+            recipe = Path("recipes/tasks") / f"{options.recipe}.yaml"
+            train(load_recipe(recipe, [*overrides, *variant.overrides, *of_run(run, steps, seed)]))
             ask(run, output / "rows", variant)
     table = markdown_table(tabulated({name: found for name in VARIANTS if (found := read_result(name, output)).right}))
     write_text(output / "table.md", table + "\n")
     print(table)
 
 
-def trained(recipe: Path, variant: Variant, rows: Path, run: Path, steps: int, seed: int) -> None:
-    """Train a model in the folder `run`."""
-    settings = {
-        "data.source": rows / "train.jsonl",
-        "data.tokenizer": rows / "tokenizer",
-        "training.output": run,
-        "training.steps": steps,
-        "training.seed": seed,
-        "training.eval_every": steps // 4,
-        "training.save_every": steps // 4,
-        "training.precision": "bfloat16",
-    }
-    train(load_recipe(recipe, [*(f"{key}={value}" for key, value in settings.items()), *variant.overrides]))
+def of_run(run: Path, steps: int, seed: int) -> list[str]:
+    """Overrides of a single run: where it lies, how long it is."""
+    settings = {"output": run, "steps": steps, "seed": seed, "eval_every": steps // 4, "save_every": steps // 4}
+    return [f"training.{key}={value}" for key, value in settings.items()]
 
 
 def ask(run: Path, rows: Path, variant: Variant) -> None:
