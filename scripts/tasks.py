@@ -19,6 +19,7 @@ from thoughtbubbles.comparison.pages import markdown_table
 from thoughtbubbles.comparison.statistics import Estimate, paired_difference
 from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.data.procedural import TASKS, make_task
+from thoughtbubbles.data.procedural.making import FACTS_NAME
 from thoughtbubbles.evaluation.answering import read_questions
 from thoughtbubbles.evaluation.exact_match import ANSWERS_NAME, measure_exact_match
 from thoughtbubbles.files import write_text
@@ -78,7 +79,7 @@ def main() -> None:
     """Make the rows, train, ask, tabulate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", choices=sorted(RECIPES), help="of recipes/tasks")
-    parser.add_argument("--rows", type=int, default=100_000, help="of training [%(default)s]")
+    parser.add_argument("--rows", type=int, help="of training, to be made [100000]")
     parser.add_argument("--steps", type=int, default=2000, help="of 64 rows [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="to train each variant with [0]")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), help="[all]")
@@ -89,7 +90,11 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output or Path("runs/tasks") / f"{options.recipe}-{options.steps}"
     if not (output / "rows").exists():
-        make_task(TASKS[RECIPES[options.recipe]], output / "rows", options.rows, MAX_DIFFICULTY)
+        make_task(TASKS[RECIPES[options.recipe]], output / "rows", options.rows or 100_000, MAX_DIFFICULTY)
+    elif options.rows:
+        made = json.loads((output / "rows" / FACTS_NAME).read_text(encoding="utf-8"))["examples"]
+        if made != options.rows:
+            parser.error(f"--rows {options.rows}: {output / 'rows'} has {made}; expected as many, or another --output")
     overrides = [f"data.source={output}/rows/train.jsonl", f"data.tokenizer={output}/rows/tokenizer", *options.set]
     for seed in options.seeds:
         for name in options.variants:
@@ -138,10 +143,11 @@ def tabulated(results: dict[str, Result]) -> Table:
     for name, result in results.items():
         budgets = result.variant.budgets
         shares = {budget: 100 * result.at(budget, result.right).mean() for budget in budgets}
-        shared = sorted(result.right.keys() & results[BASELINE].right.keys())
+        baseline = results.get(BASELINE)
+        shared = sorted(result.right.keys() & baseline.right.keys()) if baseline else []
         difference = ""
-        if shared and name != BASELINE:
-            theirs = results[BASELINE].at(VARIANTS[BASELINE].budgets[-1], shared)
+        if baseline and shared and name != BASELINE:
+            theirs = baseline.at(baseline.variant.budgets[-1], shared)
             difference = interval(paired_difference(result.at(budgets[-1], shared), theirs))
         cells = (f"{shares[budget]:.1f}" if budget in shares else "" for budget in BUDGETS)
         rows.append([result.variant.title, str(len(result.right)), f"{result.training_flops:.3g}", *cells, difference])
