@@ -139,11 +139,10 @@ def read_result(name: str, output: Path) -> Result:
 def tabulated(results: dict[str, Result]) -> Table:
     """A row a variant: exact match in % by test budget, and at the last against the baseline's."""
     columns = ["", "seeds", "training FLOPs", *(f"budget {budget}" for budget in BUDGETS), f"minus {BASELINE}'s"]
-    rows = []
+    rows, baseline = [], results.get(BASELINE)
     for name, result in results.items():
         budgets = result.variant.budgets
         shares = {budget: 100 * result.at(budget, result.right).mean() for budget in budgets}
-        baseline = results.get(BASELINE)
         shared = sorted(result.right.keys() & baseline.right.keys()) if baseline else []
         difference = ""
         if baseline and shared and name != BASELINE:
