@@ -1,9 +1,11 @@
-"""What every test runs under: no network, poisoned scratch memory, repeatable hypothesis."""
+"""What every test runs under: no network, fixed seeds, poisoned scratch memory, repeatable hypothesis."""
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -25,6 +27,14 @@ settings.register_profile("long", derandomize=True, deadline=None, max_examples=
 def pytest_configure(config: pytest.Config) -> None:
     """`pytest -m long` also draws more examples."""
     settings.load_profile("long" if config.getoption("markexpr") == "long" else "default")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Seed every generator, so that a test draws the same numbers alone, shuffled and in a whole run."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries that draw from the global generator
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
