@@ -76,7 +76,7 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     if checkpointing:
         for model in (eager, compiled):
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    compile_model(compiled, divided=False, backend=graphs)
+    compile_model(compiled, "whole", backend=graphs)
     for step in (1, 2, 3):
         ids = random_ids(2, 9, seed=step)
         for budget in budgets:
@@ -90,7 +90,9 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     assert not counters["recompile_limit"]
 
 
+@pytest.mark.parametrize("pieces", ["blocks", "whole"])
 def test_a_compiled_run_is_that_of_the_model(
+    pieces: str,
     tmp_path: Path,
     tiny_run: Path,
     tiny_data: PreparedData,
@@ -100,20 +102,25 @@ def test_a_compiled_run_is_that_of_the_model(
     """Its last batch of an evaluation has fewer rows than the others, and its last step of each two is watched."""
     monkeypatch.setattr(trainer, "compile_model", partial(compile_model, backend=graphs))
     assert len(tiny_data.validation) % 4
-    train(tiny_recipe(tmp_path, tiny_data.path, "training.compile=true"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, f"training.compile={pieces}"), progress=False)
     found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "run", tiny_run))
     for row in (*found, *expected):
         for name in MEASURED:
             row.pop(name, None)
     assert found == [pytest.approx(row, rel=1e-4) for row in expected]
-    assert graphs.frame_count == 2
+    if pieces == "whole":
+        assert graphs.frame_count == 2
 
 
-@long
-def test_a_divided_model_is_compiled_block_by_block(graphs: CompileCounterWithBackend) -> None:
-    shape = {"num_hidden_layers": 4, "fork_layers": [1, 2], "budget": 2}
+@pytest.mark.parametrize(
+    "routing", ["causal", "threshold", pytest.param("topk", marks=long), pytest.param("random", marks=long)]
+)
+def test_blocks_compiled_by_themselves_compute_what_the_model_does(
+    routing: str, graphs: CompileCounterWithBackend
+) -> None:
+    shape: dict[str, Any] = {"num_hidden_layers": 4, "fork_layers": [1, 2], "budget": 2, "routing": routing}
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
-    compile_model(compiled, divided=True, backend=graphs)
+    compile_model(compiled, "blocks", backend=graphs)
     for step in (1, 2, 3):
         ids = random_ids(2, 9, seed=step)
         for budget in (1.5, 2):
@@ -123,3 +130,15 @@ def test_a_divided_model_is_compiled_block_by_block(graphs: CompileCounterWithBa
         if step == 1:
             warm = graphs.frame_count
     assert graphs.frame_count == warm
+
+
+def test_blocks_of_one_width_share_their_graph(graphs: CompileCounterWithBackend) -> None:
+    counts = []
+    for layers in (4, 9):
+        torch._dynamo.reset()
+        before = graphs.frame_count
+        model = tiny_model(num_hidden_layers=layers, fork_layers=[1], budget=2)
+        compile_model(model, "blocks", backend=graphs)
+        trained(model, random_ids(2, 9), 1, 2)
+        counts.append(graphs.frame_count - before)
+    assert counts == [3, 3]

@@ -164,11 +164,11 @@ def test_gradients_that_accumulate_are_those_of_the_whole_batch(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(("sharding", "pieces"), [("ddp", "whole"), ("ddp", "blocks"), ("fsdp", "blocks")])
 def test_two_processes_train_a_compiled_model(
-    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData, sharding: str
+    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData, sharding: str, pieces: str
 ) -> None:
-    overrides = ["training.compile=true", f"training.sharding={sharding}"]
+    overrides = [f"training.compile={pieces}", f"training.sharding={sharding}"]
     torchrun(*with_script(tmp_path, GRAPHS_ALONE, command(tmp_path, tiny_data.path, 2, *overrides)))
     assert_same_curve(tmp_path / "run", tiny_run)
 
@@ -216,6 +216,12 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path: Path, tiny_data: Prep
 def test_benchmarks_are_not_scored_with_a_share_of_the_model(tmp_path: Path, tiny_data: PreparedData) -> None:
     with pytest.raises(AssertionError, match=r"expected null with training\.sharding=fsdp"):
         run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp", "training.eval_tasks=[gsm8k]")
+
+
+@pytest.mark.long
+def test_a_divided_model_is_not_one_graph(tmp_path: Path, tiny_data: PreparedData) -> None:
+    with pytest.raises(AssertionError, match=r"training\.compile=whole: expected blocks"):
+        run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp", "training.compile=whole")
 
 
 @pytest.mark.long

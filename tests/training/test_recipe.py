@@ -114,8 +114,8 @@ def test_bad_overrides_say_what_was_expected(tmp_path: Path, override: str, mess
         ("task: sft\n" + MINIMAL, "unknown key data.path"),
         ("task: sft\ndata: {}\ntraining: {output: o, steps: 3}\n", "data.source is missing"),
         (
-            "task: sft\ndata: {source: rows.jsonl}\ntraining: {output: o, steps: 3, compile: true}\n",
-            "training.compile=true: expected task=pretrain, whose rows are all of one length",
+            "task: sft\ndata: {source: rows.jsonl}\ntraining: {output: o, steps: 3, compile: blocks}\n",
+            "training.compile=blocks: expected task=pretrain, whose rows are all of one length",
         ),
     ],
 )

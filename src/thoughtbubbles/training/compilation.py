@@ -14,22 +14,26 @@ LRU_CACHE_WARNING = "Dynamo detected a call to a `functools.lru_cache`-wrapped f
 
 
 def compile_model(
-    model: ThoughtbubblesForCausalLM, divided: bool, backend: str | Callable[..., Any] = "inductor"
+    model: ThoughtbubblesForCausalLM, pieces: str, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile what the model's forward does, in place: shapes are static, each budget has a graph of its own.
+    """Compile what the model's forward does, in place: shapes are static, each budget has graphs of its own.
 
-    A model that `sharding.divide` has divided gathers weights between its blocks, which no graph can hold: its blocks
-    and gates are compiled each by itself.
+    `blocks` compiles each block, and each gate with its routing, by itself: blocks of one width share their graph, so
+    that a deep model is made as fast as a shallow one, and what gathers a divided model's weights stands between them.
+    `whole` makes one graph of all.
 
     Nothing falls back to uncompiled code unsaid: what does not go into a graph raises.
+
+    Args:
+        pieces: `blocks` or `whole`.
     """
     # Of budgets in exact arithmetic, which are constants to a graph.
     warnings.filterwarnings("ignore", message=LRU_CACHE_WARNING)
     # Torch's own limit is 8, which a few budgets reach.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    if not divided:
+    if pieces == "whole":
         model.compile(fullgraph=True, dynamic=False, backend=backend)
         return
     for module in (*model.model.layers, *model.model.gates.values()):
-        # Inside the hooks that gather and release the weights.
+        # Inside the hooks: those that gather and release weights, and those that watch the gates.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=backend)

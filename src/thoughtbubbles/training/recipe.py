@@ -27,6 +27,7 @@ Section = TypeVar("Section", bound="DataclassInstance")
 TASKS = ("pretrain", "sft")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SHARDINGS = ("ddp", "fsdp")
+COMPILATIONS = ("none", "blocks", "whole")
 REPORTERS = ("tensorboard", "wandb")
 MODEL_SOURCES = ("preset", "pretrained")
 BLOCK_SOURCES = ("path", "mixture", "stream")
@@ -145,10 +146,10 @@ class TrainingSection:
         "moments divided over them (FSDP2); one process holds everything",
         "ddp",
     )
-    compile: bool = option(
-        "compile the model with torch.compile, once for each budget in training and in evaluation; with fsdp block by "
-        "block",
-        False,
+    compile: str = option(
+        "none; blocks, each block and each gate with its routing by itself, made in seconds; or whole, the model as "
+        "one graph for each budget in training and one in evaluation, made in minutes",
+        "none",
     )
     log_every: int = option("steps between lines in metrics.jsonl", 10)
     eval_every: int = option("steps between evaluations", 100)
@@ -374,8 +375,8 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         data=_parse_data(task, content.get("data", {})),
         training=_check_training(parse_section(TrainingSection, "training", content.get("training", {}))),
     )
-    if recipe.training.compile and task == "sft":
-        raise RecipeError("training.compile=true: expected task=pretrain, whose rows are all of one length")
+    if (compile_ := recipe.training.compile) != "none" and task == "sft":
+        raise RecipeError(f"training.compile={compile_}: expected task=pretrain, whose rows are all of one length")
     if isinstance(recipe.data, StreamSection):
         stream_lanes(recipe.data, recipe.training.batch_size)
     return recipe
@@ -545,6 +546,8 @@ def _check_training(training: TrainingSection) -> TrainingSection:
         raise RecipeError(f"training.precision={training.precision!r}: expected one of {', '.join(PRECISIONS)}")
     if training.sharding not in SHARDINGS:
         raise RecipeError(f"training.sharding={training.sharding!r}: expected one of {', '.join(SHARDINGS)}")
+    if training.compile not in COMPILATIONS:
+        raise RecipeError(f"training.compile={training.compile!r}: expected one of {', '.join(COMPILATIONS)}")
     for name in ("training_budgets", "eval_budgets"):
         if getattr(training, name) == []:
             raise RecipeError(f"training.{name}=[]: expected budgets, such as [1, 2], or null")

@@ -315,6 +315,11 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     )
     # A process uses one device; torchrun starts more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if settings.compile == "whole" and settings.sharding == "fsdp" and arguments.world_size > 1:
+        raise RecipeError(
+            "training.compile=whole: expected blocks with training.sharding=fsdp, whose weights are gathered between "
+            "them"
+        )
     if settings.eval_tasks is not None and settings.sharding == "fsdp" and arguments.world_size > 1:
         raise RecipeError(
             f"training.eval_tasks={settings.eval_tasks}: expected null with training.sharding=fsdp, where the process "

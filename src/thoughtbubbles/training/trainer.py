@@ -82,8 +82,9 @@ class BubbleTrainer(Trainer):
         if self._divided:
             # Not left to accelerate: on CPUs it runs DDP instead, and it would divide the gates by themselves.
             divide(model, arguments.world_size, arguments.device.type, bool(arguments.bf16))
-        if recipe.training.compile:
-            compile_model(model, self._divided)
+        self._compiled = recipe.training.compile != "none"
+        if self._compiled:
+            compile_model(model, recipe.training.compile)
         super().__init__(
             model=model,
             args=arguments,
@@ -225,7 +226,7 @@ class BubbleTrainer(Trainer):
         picked, size = spread(len(validation), rows), self.args.per_device_eval_batch_size
         ours = picked[self.args.process_index :: self.args.world_size]
         filled = 0
-        if self._divided or self.recipe.training.compile:
+        if self._divided or self._compiled:
             filled = math.ceil(len(picked) / (size * self.args.world_size)) * size - len(ours)
         loader: DataLoader[Any] = DataLoader(
             Subset(validation, [*ours, *picked[:1] * filled]),  # type: ignore[arg-type]
