@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.test_attention import record
 from thoughtbubbles import loss as module
-from thoughtbubbles.loss import IGNORE_INDEX, chunked_next_token_loss, next_token_loss
+from thoughtbubbles.loss import IGNORE_INDEX, assert_in_vocabulary, chunked_next_token_loss, next_token_loss
 
 VOCABULARY, HIDDEN = 37, 8
 
@@ -43,9 +43,24 @@ def test_loss_and_gradients_are_those_of_all_logits(
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def test_no_target_at_all_is_the_mean_of_nothing() -> None:
+@pytest.mark.parametrize("num_items", [None, 5, torch.tensor(0)], ids=str)
+def test_no_target_at_all_is_what_cross_entropy_makes_of_it(num_items: Any) -> None:
     hidden, matrix, targets = inputs(1, 4)
-    assert chunked_next_token_loss(hidden, matrix, torch.full_like(targets, IGNORE_INDEX)).isnan()
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+    found, expected = (f(hidden, matrix, nothing, num_items) for f in (chunked_next_token_loss, whole))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found.isnan() == (num_items is None or num_items == 0)
+    for loss in (found, expected):
+        assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, (hidden, matrix)))
+
+
+@pytest.mark.parametrize("wrong", [-1, -99, -101, VOCABULARY])
+def test_targets_outside_the_vocabulary_are_refused(wrong: int) -> None:
+    targets = inputs(2, 5)[2]
+    assert_in_vocabulary(targets, VOCABULARY)
+    targets[1, 3] = wrong
+    with pytest.raises(RuntimeError, match="labels: expected token ids from 0 to 36, or -100"):
+        assert_in_vocabulary(targets, VOCABULARY)
 
 
 def test_no_more_gradients_are_formed_than_are_wanted() -> None:

@@ -460,6 +460,19 @@ def test_ignored_labels_do_not_count() -> None:
     assert out.loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_labels_outside_the_vocabulary_are_refused_where_they_are_targets(return_logits: bool) -> None:
+    model, ids = tiny_model(), random_ids(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    labels = ids.clone()
+    # Nobody's target: the first token of a row, and padding.
+    labels[:, 0], labels[1, -1] = -1, 99
+    assert model(ids, mask, labels=labels, return_logits=return_logits).loss.isfinite()
+    labels[1, 2] = -1
+    with pytest.raises(RuntimeError, match="labels: expected token ids"):
+        model(ids, mask, labels=labels, return_logits=return_logits)
+
+
 @pytest.mark.parametrize("count", [5, torch.tensor(5)], ids=["int", "tensor"])
 def test_num_items_in_batch_divides_the_summed_loss(count: int | Tensor) -> None:
     model, ids = tiny_model(), random_ids(2, 9)

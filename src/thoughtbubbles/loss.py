@@ -26,8 +26,21 @@ def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
     return targets.masked_fill(~columns.real, IGNORE_INDEX)
 
 
+def assert_in_vocabulary(targets: Tensor, vocab_size: int) -> None:
+    """Make sure that targets [B, T] are token ids or -100, without waiting for the device that holds them.
+
+    Raises:
+        RuntimeError: for another; from a GPU as an assertion of the device, at some later call.
+    """
+    known = (targets >= 0) & (targets < vocab_size) | (targets == IGNORE_INDEX)
+    torch._assert_async(known.all(), f"labels: expected token ids from 0 to {vocab_size - 1}, or {IGNORE_INDEX}")
+
+
 def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy in nats, float32 or wider: the mean over the targets, or their sum divided by `num_items`."""
+    """Cross-entropy in nats, float32 or wider: the mean over the targets, or their sum divided by `num_items`.
+
+    As with torch's own, the mean of no targets is nan and its gradients are zero.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     reduction = "mean" if num_items is None else "sum"
     loss = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
@@ -77,7 +90,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += (log_sum - logits.gather(1, place))[:, 0].where(real, 0).sum()
             if not wanted:
                 continue
-            weight = (real.to(wide) / count)[:, None]
+            # Chosen, not multiplied: of no targets 1 / count is infinite, and their gradients are zero.
+            weight = torch.where(real, 1 / count.to(wide), 0)[:, None]
             grad = logits.sub_(log_sum).exp_().mul_(weight).scatter_add_(1, place, -weight).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix

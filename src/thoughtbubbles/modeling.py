@@ -24,7 +24,7 @@ from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .decoding import StreamGenerationMixin, refuse_unknown
 from .gate import ForkGate
-from .loss import chunked_next_token_loss, next_token_loss, next_token_targets
+from .loss import assert_in_vocabulary, chunked_next_token_loss, next_token_loss, next_token_targets
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import Streams
@@ -307,7 +307,8 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
 
         Args:
             labels: [B, T] int64, usually the input ids: shifted inside, each real token against the label of the
-                next real token of its row; -100 and padding are ignored (Design 3.7).
+                next real token of its row; -100 and padding are ignored (Design 3.7). With nothing else the loss is
+                nan, as torch's cross-entropy is, and its gradients are zero.
             logits_to_keep: only the last so many columns' logits, or those at the given indices; 0 is all.
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets.
             return_logits: False returns the loss alone, for which some rows' logits are held at a time.
@@ -317,6 +318,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         Raises:
             ValueError: as there; for an argument that this model has no use for; for labels together with
                 `logits_to_keep`, or `return_logits=False` without labels.
+            RuntimeError: for labels that are neither -100 nor ids of the vocabulary (-1 is no "ignore").
         """
         refuse_unknown(kwargs)
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -335,6 +337,8 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             output_streams=output_streams,
         )
         loss, targets = None, None if labels is None else next_token_targets(labels, out.columns)
+        if targets is not None:
+            assert_in_vocabulary(targets, self.config.vocab_size)
         # An adapter may have put something else in the place of the unembedding.
         if return_logits or self.config.merge == "probability" or type(self.lm_head) is not nn.Linear:
             logits = self._logits(out, logits_to_keep)

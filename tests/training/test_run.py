@@ -15,7 +15,7 @@ from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles import controls as controls_module
 from thoughtbubbles.accounting import training_flops
-from thoughtbubbles.data import PreparedData, prepare
+from thoughtbubbles.data import DataError, PreparedData, prepare
 from thoughtbubbles.data.mixture import Place
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted
@@ -554,6 +554,20 @@ def test_train_loss_is_the_mean_over_predicted_tokens(tmp_path: Path, tiny_data:
     assert model is not None
     loss = trainer.compute_loss(model, samples[0], num_items_in_batch=items)
     assert loss.item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 300])
+def test_a_batch_with_ids_outside_the_vocabulary_is_refused(
+    tmp_path: Path, tiny_data: PreparedData, wrong: int
+) -> None:
+    data = load_run_data(tiny_recipe(tmp_path, tiny_data.path), progress=False)
+    assert data.vocab_size == 300
+    block = data.samples[0]
+    assert data.collate([block, block])["labels"].shape == (2, BLOCK)
+    spoilt = {"input_ids": block["input_ids"].clone()}
+    spoilt["input_ids"][3] = wrong
+    with pytest.raises(DataError, match=f"token id {wrong}, expected ids from 0 to 299"):
+        data.collate([block, spoilt])
 
 
 def test_read_metrics_leaves_out_a_line_cut_short(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -123,10 +123,24 @@ def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
         InputError: for data that cannot be used.
     """
     if isinstance(recipe.data, FineTuningSection):
-        return _load_examples(recipe, recipe.data, progress)
-    if isinstance(recipe.data, StreamSection):
-        return _load_stream(recipe, recipe.data)
-    return _load_blocks(recipe, recipe.data)
+        data = _load_examples(recipe, recipe.data, progress)
+    elif isinstance(recipe.data, StreamSection):
+        data = _load_stream(recipe, recipe.data)
+    else:
+        data = _load_blocks(recipe, recipe.data)
+    return replace(data, collate=partial(_collate_known, collate=data.collate, data=data))
+
+
+def _collate_known(rows: list[Any], collate: Callable[[list[Any]], Batch], data: RunData) -> Batch:
+    """A batch of rows; all its ids, which are inputs and labels, are in the vocabulary, or else a DataError says so."""
+    batch = collate(rows)
+    lowest, highest = (int(bound) for bound in batch["input_ids"].aminmax())
+    if lowest < 0 or highest >= data.vocab_size:
+        raise DataError(
+            f"{data.source}: token id {lowest if lowest < 0 else highest}, expected ids from 0 to "
+            f"{data.vocab_size - 1}, those of its tokenizer"
+        )
+    return batch
 
 
 class _Blocks(BlockMixture):
