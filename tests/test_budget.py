@@ -50,6 +50,21 @@ def test_wrong_budget_names_the_value_and_what_is_allowed(wrong: Any) -> None:
     assert repr(wrong) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["1e30000000", "1e-30000000", "1.5E+9999999999", "0.5e" + "9" * 5000, "9" * 5000, "1/" + "9" * 2000, 10**5000],
+    ids=lambda wrong: f"{str(wrong)[:14]}..." if isinstance(wrong, str) else "10**5000",
+)
+def test_a_budget_beyond_all_bounds_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected a number of streams per token from 1 to 1024") as error:
+        parse_budget(wrong)
+    assert len(str(error.value)) < 250
+
+
+def test_an_exponent_within_bounds_is_read() -> None:
+    assert parse_budget("150e-2") == parse_budget("0.15E+1") == Fraction(3, 2)
+
+
 @given(budgets, counts)
 def test_floor_and_ceil_of_an_integer_are_exact(ratio: Fraction, n: int) -> None:
     assert floor_times(ratio, n) == math.floor(ratio * n)

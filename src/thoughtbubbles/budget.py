@@ -1,5 +1,6 @@
 """The budget: streams per token that may exist, an exact rational (Design 3.3)."""
 
+import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import overload
@@ -11,6 +12,10 @@ Budget = int | float | str | Fraction
 # Multiples n beyond this are refused; it keeps `numerator * n` far inside int64.
 MAX_TOKENS = 2**24
 MAX_BUDGET = 1024
+# Of a budget's text. An exponent of a few digits more makes a rational that no memory holds.
+MAX_CHARACTERS = 1000
+MAX_EXPONENT = 1000
+EXPONENT = re.compile(r"[eE]([-+]?[0-9_]+)\s*$")
 
 
 def parse_budget(budget: Budget, name: str = "budget") -> Fraction:
@@ -23,12 +28,35 @@ def parse_budget(budget: Budget, name: str = "budget") -> Fraction:
     try:
         if isinstance(budget, bool):
             raise ValueError
-        value = Fraction(budget if isinstance(budget, int | Fraction) else str(budget))
+        value = budget if isinstance(budget, int | Fraction) else _read(str(budget))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{name}={budget!r}: {expected}") from None
+        raise ValueError(f"{name}={_shown(budget)}: {expected}") from None
     if not 1 <= value <= MAX_BUDGET:
-        raise ValueError(f"{name}={budget!r}: {expected}")
-    return value
+        raise ValueError(f"{name}={_shown(budget)}: {expected}")
+    return Fraction(value)
+
+
+def _read(text: str) -> Fraction:
+    """The rational that a text writes out.
+
+    Raises:
+        ValueError: if it writes none, or one too long or too far from 1 to be a budget.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError
+    exponent = EXPONENT.search(text)
+    if exponent is not None and abs(int(exponent[1])) > MAX_EXPONENT:
+        raise ValueError
+    return Fraction(text)
+
+
+def _shown(budget: object) -> str:
+    """A value for a message, which has one line."""
+    try:
+        text = repr(budget)
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_CHARACTERS // 10 else f"{text[: MAX_CHARACTERS // 10]}..."
 
 
 def budget_text(budget: Budget) -> str:
