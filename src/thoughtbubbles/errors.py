@@ -1,5 +1,8 @@
 """How a command ends other than by finishing: each is one line on standard error and an exit code."""
 
+# Of a value in a message, which has one line.
+MOST_CHARACTERS = 200
+
 
 class InputError(ValueError):
     """Bad input from a user: one line that names the value and what was expected."""
@@ -25,3 +28,12 @@ def one_line(error: BaseException) -> str:
     """What a library says of an error, in one line and without its advice."""
     text = str(error).partition("Example of usage")[0]
     return " ".join(text.split()) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."

@@ -131,11 +131,94 @@ def test_mixtures_and_budgets_are_read(tmp_path: Path) -> None:
     assert recipe.training.training_budgets == [1, 1.5, "4/3"]
 
 
-@pytest.mark.parametrize("weights", ["{}", "{a: 0}", "{a: 1, b: -1}", "{a: .nan}"])
+@pytest.mark.parametrize("weights", ["{}", "{a: 0}", "{a: 1, b: -1}", "{a: 1.0e+308, b: 1.0e+308}"])
 def test_weights_of_a_mixture_are_above_zero(tmp_path: Path, weights: str) -> None:
     text = f"data: {{mixture: {weights}}}\ntraining: {{output: o, steps: 5}}\n"
     with pytest.raises(RecipeError, match=r"data\.mixture=.*: expected folders with weights above 0"):
         load_recipe(write(tmp_path, text))
+
+
+NUMBERS = ["learning_rate", "weight_decay", "warmup_fraction", "decay_fraction", "max_grad_norm"]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400", "1" + "0" * 400])
+@pytest.mark.parametrize("key", [*(f"training.{name}" for name in NUMBERS), "data.mixture"])
+def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
+    mixed = key == "data.mixture"
+    override = f"{key}={{d: {value}, e: 1}}" if mixed else f"{key}={value}"
+    with pytest.raises(RecipeError, match=re.escape(f"{key}{'[d]' * mixed}=") + ".*: expected a finite number"):
+        load_recipe(write(tmp_path, MINIMAL), ["data.path=null"] * mixed + [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.seed=-1", "training.seed=-1: expected a whole number from 0 to 4294967295"),
+        ("training.seed=4294967296", "training.seed=4294967296: expected a whole number from 0 to 4294967295"),
+        (f"training.seed=0x{'f' * 5000}", "training.seed=a number of thousands of digits: expected a whole number"),
+        ("training.steps=2147483648", "training.steps=2147483648: expected at most 2,147,483,647"),
+        ("training.batch_size=1048577", "training.batch_size=1048577: expected at most 1,048,576"),
+        ("training.eval_budgets=[1e30000000]", "training.eval_budgets[0]: budget='1e30000000': expected a number"),
+        ("training.training_budgets=[2, 1e-30000000]", "training.training_budgets[1]: budget='1e-30000000': expected"),
+        (f"training.steps={'9' * 5000}", "is not a YAML value: Exceeds the limit"),
+        ("training.steps=2024-13-45", "is not a YAML value: month must be in 1..12"),
+        (f"model.fork_layers={'[' * 5000}{']' * 5000}", "expected at most 16 levels of keys and values"),
+        (f"model.fork_layers={'{a: ' * 20}1{'}' * 20}", "expected at most 16 levels of keys and values"),
+        ("training.output=~nobody-of-that-name/run", "training.output='~nobody-of-that-name/run': expected the home"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_values_beyond_all_bounds_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "[" * 500 + "]" * 500, "&a [*a]", ALIASES, "a: 2024-13-45"])
+def test_files_beyond_all_bounds_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match=r"r\.yaml: (expected at most 16 levels of keys and values|month must be)"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, MINIMAL, "base.yaml")
+    write(tmp_path, "extends: ~/base.yaml\n")
+    overrides = ["data.path=null", "data.mixture={~/a: 1, b: 2}", "training.output=~/run", "model.pretrained=~/m"]
+    recipe = load_recipe("~/r.yaml", [*overrides, "training.eval_tasks_dir=~/evals"])
+    assert recipe.data == DataSection(mixture={f"{tmp_path}/a": 1.0, "b": 2.0})
+    assert (recipe.training.output, recipe.training.eval_tasks_dir) == (f"{tmp_path}/run", f"{tmp_path}/evals")
+    assert recipe.model == {"pretrained": f"{tmp_path}/m"}
+    fine_tuning = "task: sft\ndata: {source: ~/a.jsonl, validation_source: ~/b.jsonl, tokenizer: ~/t}\n"
+    rows = load_recipe(write(tmp_path, fine_tuning + "training: {output: o, steps: 1}\n")).data
+    assert rows == FineTuningSection(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl", tokenizer=f"{tmp_path}/t")
+
+
+@pytest.mark.parametrize(
+    "spelt", ["./data", "data/", "other/../data", "link", "~/data", "{home}/data", "{home}/data/../link"]
+)
+def test_a_folder_is_mixed_once_however_it_is_spelt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelt: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("data")
+    spelt = spelt.format(home=tmp_path)
+    mixture = f"{{data: 1, other: 1, {spelt}: 1}}"
+    with pytest.raises(RecipeError, match=r"data\.mixture: 'data' and '.*' are the same folder: expected each once"):
+        load_recipe(write(tmp_path, MINIMAL), ["data.path=null", f"data.mixture={mixture}"])
+    stream = ["data.path=null", "data.stream={t.txt: 1}", f"data.validation={mixture}"]
+    with pytest.raises(RecipeError, match=r"data\.validation: 'data' and '.*' are the same folder"):
+        load_recipe(write(tmp_path, MINIMAL), stream)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +226,7 @@ def test_weights_of_a_mixture_are_above_zero(tmp_path: Path, weights: str) -> No
     [
         ("data.max_length=1", "data.max_length=1: expected at least 2"),
         ("data.validation_fraction=1", "data.validation_fraction=1.0: expected more than 0 and less than 1"),
+        ("data.validation_fraction=.nan", "data.validation_fraction=nan: expected a finite number"),
         ("data.eval_rows=0", "data.eval_rows=0: expected at least 1, or null for all"),
     ],
 )

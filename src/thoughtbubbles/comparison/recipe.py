@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from thoughtbubbles.budget import Budget, parse_budget
-from thoughtbubbles.comparison.variants import SHIPPED, Variant, VariantSection, parse_variants
-from thoughtbubbles.options import check_known
+from thoughtbubbles.comparison.variants import MOST_SHARE, SHIPPED, Variant, VariantSection, parse_variants
+from thoughtbubbles.errors import shown
+from thoughtbubbles.options import check_known, check_seed, expand_user
 from thoughtbubbles.training.recipe import (
     RecipeError,
     apply_override,
     check_counts,
     describe_section,
+    folder_identity,
     option,
     parse_section,
     read_sections,
@@ -26,7 +28,7 @@ class TuningSection:
     """How each variant's learning rate is found before the comparison."""
 
     learning_rates: list[float] = option("rates to try; each variant takes the one of lowest validation loss")
-    data: str = option("prepared folder to tune on: its validation is not that of the comparison")
+    data: str = option("prepared folder to tune on: its validation is not that of the comparison", path=True)
     tokens: float = option("training tokens of a try, as a share of the comparison's", 0.25)
 
 
@@ -45,7 +47,7 @@ class EvaluationSection:
 class ComparisonSection:
     """What belongs to the comparison itself; these keys stand at the top of its recipe."""
 
-    output: str = option("folder for the runs and the report")
+    output: str = option("folder for the runs and the report", path=True)
     title: str = option("of tables and plots", "")
     seeds: list[int] = option("a run of each variant for each of these seeds", [0])
     baseline: str = option("the variant that the others are compared with", "dense")
@@ -100,11 +102,11 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
         RecipeError: an unknown or missing key, or a value of the wrong type.
     """
     if content.get("task", "pretrain") != "pretrain":
-        raise RecipeError(f"task={content['task']!r}: expected pretrain, which compares on blocks of text")
+        raise RecipeError(f"task={shown(content['task'])}: expected pretrain, which compares on blocks of text")
     for name, values in content.items():
         check_known(name, ["task", *PLAIN, *BASE, *SECTIONS], "section", RecipeError)
         if name in BASE and not isinstance(values, dict):
-            raise RecipeError(f"{name}: {values!r}: expected keys and values")
+            raise RecipeError(f"{name}: {shown(values)}: expected keys and values")
     settings = _settings({name: content[name] for name in PLAIN[:-1] if name in content})
     variants = parse_variants(content.get("variants", list(SHIPPED)))
     check_known(settings.baseline, list(variants), "variant in baseline", RecipeError)
@@ -143,30 +145,42 @@ def _settings(values: Mapping[str, Any]) -> ComparisonSection:
     settings = parse_section(ComparisonSection, "", values)
     if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
         raise RecipeError(f"seeds={settings.seeds}: expected one or more, all different")
+    for place, seed in enumerate(settings.seeds):
+        check_seed(f"seeds[{place}]", seed, RecipeError)
     return settings
 
 
 def _tuning(values: Any, content: Mapping[str, Any]) -> TuningSection:
     if not isinstance(values, dict):
-        raise RecipeError(f"tuning: {values!r}: expected keys and values, or null")
+        raise RecipeError(f"tuning: {shown(values)}: expected keys and values, or null")
     tuning = parse_section(TuningSection, "tuning", values)
     if not tuning.learning_rates or not min(tuning.learning_rates) > 0:
         raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected rates above 0")
-    if not tuning.tokens > 0:
-        raise RecipeError(f"tuning.tokens={tuning.tokens}: expected a share above 0")
+    if not 0 < tuning.tokens <= MOST_SHARE:
+        raise RecipeError(f"tuning.tokens={tuning.tokens}: expected a share above 0 and at most {MOST_SHARE:,}")
     if content.get("data", {}).get("stream") is not None:
         raise RecipeError("tuning: expected data.path or data.mixture, since rates are tuned on prepared data alone")
-    if tuning.data == content.get("data", {}).get("path"):
-        raise RecipeError(
-            f"tuning.data={tuning.data}: expected other data than data.path: rates tuned on the validation that is "
-            "reported would flatter it"
-        )
+    if len(set(tuning.learning_rates)) < len(tuning.learning_rates):
+        raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected every rate once")
+    _check_other_data(tuning.data, content.get("data", {}))
     return tuning
+
+
+def _check_other_data(folder: str, data: Mapping[str, Any]) -> None:
+    """Refuse to tune on a folder of the comparison, however it is spelt."""
+    mixture = data.get("mixture")
+    for key, compared in (("path", [data.get("path")]), ("mixture", mixture if isinstance(mixture, dict) else [])):
+        ours = [expand_user(f"data.{key}", each, RecipeError) for each in compared if isinstance(each, str)]
+        if folder_identity(folder) in map(folder_identity, ours):
+            raise RecipeError(
+                f"tuning.data={folder}: expected other data than data.{key}: rates tuned on the validation that is "
+                "reported would flatter it"
+            )
 
 
 def _evaluation(values: Any) -> EvaluationSection:
     if not isinstance(values, dict):
-        raise RecipeError(f"evaluation: {values!r}: expected keys and values")
+        raise RecipeError(f"evaluation: {shown(values)}: expected keys and values")
     evaluation = parse_section(EvaluationSection, "evaluation", values)
     check_counts("evaluation", evaluation, "blocks", "prefix_blocks", "prefix_positions", "batch_size")
     evaluation.budgets.sort(key=parse_budget)

@@ -78,7 +78,8 @@ class RunPlanner:
             for rate in tuning.learning_rates:
                 settings = {"steps": max(1, round(tuning.tokens * self._steps[name])), "learning_rate": rate}
                 folder = self.comparison.output / "tuning" / name / f"{rate:g}"
-                sections: dict[str, dict[str, Any]] = {"data": {"path": tuning.data}, "training": settings}
+                data = {"path": tuning.data, "mixture": None}
+                sections: dict[str, dict[str, Any]] = {"data": data, "training": settings}
                 recipe = self._recipe(variant, self.comparison.settings.seeds[0], folder, sections)
                 runs.append(Run(name, recipe.training.seed, recipe, build_config(recipe, self.tuning_data), folder))
         return runs
@@ -147,5 +148,8 @@ def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder
 
 def _elastic_budgets(comparison: Comparison, model: Mapping[str, Any]) -> list[Any]:
     own = model.get("budget", ThoughtbubblesConfig.budget)
-    lower = [each for each in comparison.evaluation.budgets if parse_budget(each) < parse_budget(own)]
-    return [*lower, own]
+    try:
+        exact = parse_budget(own, "model.budget")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return [*(each for each in comparison.evaluation.budgets if parse_budget(each) < exact), own]

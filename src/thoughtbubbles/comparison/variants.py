@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thoughtbubbles.options import check_known
+from thoughtbubbles.errors import shown
+from thoughtbubbles.options import check_known, nearest
 from thoughtbubbles.training.recipe import RecipeError, lay_over, option, parse_section
 
 
@@ -55,6 +56,8 @@ SHIPPED: dict[str, Variant] = {
 }
 """The variants that a comparison may name without saying more."""
 
+# Of the recipe's tokens: more steps than can be counted are no steps.
+MOST_SHARE = 1_000_000
 OWN = ("title", "tokens", "flops_of", "rate_of", "elastic")
 
 
@@ -77,7 +80,8 @@ class VariantSection:
 def parse_variants(content: Any) -> dict[str, Variant]:
     """The variants that a recipe lists, a name and what it says otherwise for each.
 
-    A name of `SHIPPED` begins as that; `like` begins as another one, shipped or listed above.
+    A name of `SHIPPED` begins as that; `like` begins as another one, shipped or listed above. Any other name has a
+    `model` or `training` of its own.
 
     Raises:
         RecipeError: for anything else, or a reference to a variant that is not listed.
@@ -85,7 +89,7 @@ def parse_variants(content: Any) -> dict[str, Variant]:
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         content = dict.fromkeys(content)
     if not isinstance(content, dict) or not content:
-        raise RecipeError(f"variants={content!r}: expected names, such as [dense, budget-1, causal], or a mapping")
+        raise RecipeError(f"variants={shown(content)}: expected names, such as [dense, budget-1, causal], or a mapping")
     variants: dict[str, Variant] = {}
     for name, said in content.items():
         variants[str(name)] = _parse_variant(str(name), said, variants)
@@ -101,25 +105,31 @@ def parse_variants(content: Any) -> dict[str, Variant]:
 
 
 def _parse_variant(name: str, said: Any, listed: Mapping[str, Variant]) -> Variant:
-    if "/" in name or name.startswith("."):
+    if not name or "/" in name or "\0" in name or name.startswith("."):
         raise RecipeError(f"variants.{name}: expected a name that can be a folder's")
     said = {} if said is None else said
     if not isinstance(said, dict):
-        raise RecipeError(f"variants.{name}={said!r}: expected keys and values, or nothing")
+        raise RecipeError(f"variants.{name}={shown(said)}: expected keys and values, or nothing")
     section = parse_section(VariantSection, f"variants.{name}", said)
     for key in ("model", "training"):
         _check_free(f"variants.{name}.{key}", getattr(section, key))
     known = {**SHIPPED, **listed}
     if section.like is not None:
         check_known(section.like, list(known), "variant", RecipeError, f"variants.{name}.like=")
+    elif name not in SHIPPED and not (section.model or section.training):
+        near = nearest(name, list(SHIPPED), "variants.")
+        raise RecipeError(f"unknown variant variants.{name}, which says neither like nor model nor training: {near}")
     base = known.get(section.like or name, Variant(name))
     values = {key: getattr(section, key) for key in OWN if key in said}
     if section.like not in (None, name):
         values = {"title": name, **values}
     sections = lay_over(base.sections, {"model": section.model, "training": section.training})
     made = replace(base, sections=sections, **values)
-    if not made.tokens > 0:
-        raise RecipeError(f"variants.{name}.tokens={made.tokens}: expected a share of the recipe's tokens, above 0")
+    if not 0 < made.tokens <= MOST_SHARE:
+        raise RecipeError(
+            f"variants.{name}.tokens={made.tokens}: expected a share of the recipe's tokens, above 0 and at most "
+            f"{MOST_SHARE:,}"
+        )
     return made
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.splitting import draw
 
 Indices = npt.NDArray[np.int64]
@@ -40,9 +41,14 @@ class Rounds:
         weights: shares of the samples, in any unit.
         seed: of the order inside a round.
         purpose: tells sequences of one seed apart.
+
+    Raises:
+        DataError: more corpora than a round has samples.
     """
 
     def __init__(self, weights: Sequence[float], seed: int, purpose: str = "") -> None:
+        if len(weights) > ROUND:
+            raise DataError(f"a mixture of {len(weights):,} corpora: expected at most {ROUND:,}")
         self._seed = seed
         self._purpose = purpose
         self._quotas = _quotas(weights)

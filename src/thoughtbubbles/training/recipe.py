@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from thoughtbubbles.budget import Budget, parse_budget
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.options import WORDS, check_known, convert, read_yaml
+from thoughtbubbles.errors import InputError, shown
+from thoughtbubbles.options import WORDS, check_known, check_seed, convert, expand_user, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,28 +33,37 @@ MODEL_SOURCES = ("preset", "pretrained")
 BLOCK_SOURCES = ("path", "mixture", "stream")
 ONE_SOURCE = "data: expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote, or `stream`"
 MOST_LANES = 16
+# Beyond, a run has no end, and a step none.
+MOST = 2**31 - 1
+MOST_ROWS = 2**20
 
 
 class RecipeError(InputError):
     """A recipe that cannot be used: one line that names the key, the value and what was expected."""
 
 
-def option(help_text: str, default: Any = MISSING) -> Any:
-    """A field of a section whose help is its documentation."""
+def option(help_text: str, default: Any = MISSING, *, path: bool = False) -> Any:
+    """A field of a section whose help is its documentation.
+
+    Args:
+        path: it names a file or folder, or maps such names: a leading `~` is the home folder.
+    """
+    metadata = {"help": help_text, "path": path}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.copy(default), metadata={"help": help_text})
-    return field(default=default, metadata={"help": help_text})
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class DataSection:
     """Where the blocks come from: `path` or `mixture`."""
 
-    path: str | None = option("folder that `thoughtbubbles prepare` wrote", None)
+    path: str | None = option("folder that `thoughtbubbles prepare` wrote", None, path=True)
     mixture: dict[str, float] | None = option(
         "several such folders and their weights, as in {runs/fineweb: 0.7, runs/pes2o: 0.3}; the same tokenizer and "
         "block size in all",
         None,
+        path=True,
     )
     eval_blocks: int | None = option(
         "validation blocks, evenly spaced, of each folder, of the evaluations on the way; null is all", None
@@ -68,11 +77,13 @@ class StreamSection:
 
     stream: dict[str, float] = option(
         "sources as `thoughtbubbles prepare` names them and their weights, as in {hf:NAME?config=C: 0.7, "
-        "'more/*.jsonl': 0.3}"
+        "'more/*.jsonl': 0.3}",
+        path=True,
     )
     validation: dict[str, float] = option(
         "folders that `thoughtbubbles prepare` wrote and their weights: their validation blocks are evaluated on and "
-        "their documents left out of the stream; their tokenizer and block size are the stream's"
+        "their documents left out of the stream; their tokenizer and block size are the stream's",
+        path=True,
     )
     text_field: str = option("field of rows that holds the text, where a source names none", "text")
     lanes: int | None = option(
@@ -91,8 +102,10 @@ class StreamSection:
 class FineTuningSection:
     """Where the prompts and their completions come from."""
 
-    source: str = option("rows to train on: a .jsonl or .parquet file, a folder or glob of them, or hf:NAME?split=...")
-    validation_source: str | None = option("rows to evaluate on; null holds some of `source` out", None)
+    source: str = option(
+        "rows to train on: a .jsonl or .parquet file, a folder or glob of them, or hf:NAME?split=...", path=True
+    )
+    validation_source: str | None = option("rows to evaluate on; null holds some of `source` out", None, path=True)
     validation_fraction: float = option("share of the rows held out where there is no validation_source", 0.05)
     prompt: str = option(
         "the prompt, a text in quotes with the fields of a row in braces, as in 'Question: {question}'; {{ and }} are "
@@ -108,7 +121,7 @@ class FineTuningSection:
         "counted",
         512,
     )
-    tokenizer: str | None = option("tokenizer folder or hub name; null is that of model.pretrained", None)
+    tokenizer: str | None = option("tokenizer folder or hub name; null is that of model.pretrained", None, path=True)
     eval_rows: int | None = option("validation rows, evenly spaced, of the evaluations on the way; null is all", None)
     final_eval_rows: int | None = option("the same, of the evaluation at the end; null is all", None)
 
@@ -117,7 +130,7 @@ class FineTuningSection:
 class TrainingSection:
     """How to train."""
 
-    output: str = option("folder of the run: metrics, checkpoints, the trained model")
+    output: str = option("folder of the run: metrics, checkpoints, the trained model", path=True)
     steps: int = option("optimizer steps")
     batch_size: int = option("blocks (or rows) per optimizer step, all processes together", 16)
     micro_batch_size: int | None = option(
@@ -125,7 +138,11 @@ class TrainingSection:
         "null is all that the device gets",
         None,
     )
-    precision: str = option("auto, float32 or bfloat16 (autocast); auto is bfloat16 on GPUs that have it", "auto")
+    precision: str = option(
+        "auto, float32 or bfloat16 (autocast); auto is bfloat16 on GPUs and processors with units for it, and what it "
+        "came to when the run began is kept",
+        "auto",
+    )
     learning_rate: float = option("peak learning rate of AdamW", 1e-3)
     weight_decay: float = option("weight decay, on matrices only", 0.1)
     warmup_fraction: float = option("share of the steps in which the learning rate rises linearly from 0", 0.05)
@@ -138,7 +155,9 @@ class TrainingSection:
     eval_tasks: list[str] | None = option(
         "benchmarks to score at each evaluation into tasks.jsonl, as in [gsm8k]; needs thoughtbubbles[eval]", None
     )
-    eval_tasks_dir: str | None = option("folder of their files; null takes them from the Hugging Face hub", None)
+    eval_tasks_dir: str | None = option(
+        "folder of their files; null takes them from the Hugging Face hub", None, path=True
+    )
     eval_tasks_documents: int = option("documents of each, evenly spread", 32)
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
     sharding: str = option(
@@ -221,7 +240,7 @@ def model_config(recipe: Recipe, found: Mapping[str, Any], longest: int | None) 
         return ThoughtbubblesConfig(**values)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"model.{error}") from None
 
 
@@ -312,6 +331,7 @@ def read_sections(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, A
     Raises:
         RecipeError: no such file, not YAML, not a mapping, or one that extends itself.
     """
+    path = Path(expand_user("recipe", str(path), RecipeError))
     if path.resolve() in extended_by:
         raise RecipeError(f"recipe {path}: extends itself")
     content = read_yaml(path, RecipeError)
@@ -319,7 +339,8 @@ def read_sections(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, A
         raise RecipeError(f"recipe {path}: expected the sections {', '.join(key_names(Recipe))}")
     if "extends" not in content:
         return content
-    base = read_sections(path.parent / str(content.pop("extends")), (*extended_by, path.resolve()))
+    extended = expand_user("extends", str(content.pop("extends")), RecipeError)
+    base = read_sections(path.parent / extended, (*extended_by, path.resolve()))
     return lay_over(base, content)
 
 
@@ -344,15 +365,15 @@ def apply_override(content: dict[str, Any], override: str, sections: Sequence[st
         raise RecipeError(f"override {override!r}: expected section.key=value, such as training.learning_rate=3e-4")
     check_known(section, sections, "section", RecipeError)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"override {shown(override)}: {shown(text)} is not a YAML value: {error}") from None
     if key in plain:
         content[key] = value
         return
     values = content.setdefault(section, {})
     if not isinstance(values, dict):
-        raise RecipeError(f"{section}: {values!r}: expected keys and values")
+        raise RecipeError(f"{section}: {shown(values)}: expected keys and values")
     values[name] = value
 
 
@@ -364,11 +385,11 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """
     task = content.get("task", "pretrain")
     if task not in TASKS:
-        raise RecipeError(f"task={task!r}: expected {' or '.join(TASKS)}")
+        raise RecipeError(f"task={shown(task)}: expected {' or '.join(TASKS)}")
     for section, values in content.items():
         check_known(section, key_names(Recipe), "section", RecipeError)
         if section != "task" and not isinstance(values, dict):
-            raise RecipeError(f"{section}: {values!r}: expected keys and values")
+            raise RecipeError(f"{section}: {shown(values)}: expected keys and values")
     recipe = Recipe(
         task=task,
         model=_parse_model(content.get("model", {})),
@@ -413,6 +434,8 @@ def _parse_model(values: Mapping[str, Any]) -> dict[str, Any]:
         check_known(name, [*MODEL_SOURCES, *ThoughtbubblesConfig.__annotations__], "key", RecipeError, "model.")
     if all(name in values for name in MODEL_SOURCES):
         raise RecipeError("model.preset and model.pretrained: expected at most one of them")
+    if isinstance(pretrained := values.get("pretrained"), str):
+        return {**values, "pretrained": expand_user("model.pretrained", pretrained, RecipeError)}
     return dict(values)
 
 
@@ -428,7 +451,23 @@ def parse_section(section: type[Section], prefix: str, values: Mapping[str, Any]
     for spec in fields(section):
         if spec.name not in values and spec.default is MISSING and spec.default_factory is MISSING:
             raise RecipeError(f"{prefix}.{spec.name} is missing: expected the {spec.metadata['help']}")
-    return section(**{name: _convert(f"{prefix}.{name}", value, hints[name]) for name, value in values.items()})
+    paths = {spec.name for spec in fields(section) if spec.metadata["path"]}
+    parsed = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}".lstrip(".")
+        converted = _convert(key, value, hints[name])
+        parsed[name] = _expand(key, converted) if name in paths else converted
+    return section(**parsed)
+
+
+def _expand(key: str, value: Any) -> Any:
+    """A path, or a mapping of paths to weights, with home folders in the place of `~`."""
+    if isinstance(value, dict):
+        expanded = [(expand_user(key, name, RecipeError), weight) for name, weight in value.items()]
+        if len(dict(expanded)) < len(expanded):
+            raise RecipeError(f"{key}={shown(value)}: expected every folder once")
+        return dict(expanded)
+    return expand_user(key, value, RecipeError) if isinstance(value, str) else value
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -450,7 +489,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return _budget(key, value)
     if kind in WORDS:
         return convert(key, value, hint, RecipeError)
-    raise RecipeError(f"{key}={value!r}: expected {_type_name(kind)}{' or null' if optional else ''}")
+    raise RecipeError(f"{key}={shown(value)}: expected {_type_name(kind)}{' or null' if optional else ''}")
 
 
 def _without_none(hint: Any) -> Any:
@@ -487,6 +526,7 @@ def _check_data(data: DataSection) -> DataSection:
         raise RecipeError(ONE_SOURCE)
     if data.mixture is not None:
         _check_weights("mixture", data.mixture, "folders")
+        _check_folders("mixture", data.mixture)
     check_counts("data", data, "eval_blocks", "final_eval_blocks")
     return data
 
@@ -494,17 +534,35 @@ def _check_data(data: DataSection) -> DataSection:
 def _check_stream(data: StreamSection) -> StreamSection:
     _check_weights("stream", data.stream, "sources")
     _check_weights("validation", data.validation, "folders")
+    _check_folders("validation", data.validation)
     check_counts("data", data, "eval_blocks", "final_eval_blocks")
     for name in ("lanes", "shuffle_blocks"):
         count = getattr(data, name)
-        if count is not None and count < 1:
-            raise RecipeError(f"data.{name}={count}: expected at least 1")
+        if count is not None and not 1 <= count <= MOST:
+            raise RecipeError(f"data.{name}={shown(count)}: expected at least 1 and at most {MOST:,}")
     return data
 
 
 def _check_weights(name: str, weights: Mapping[str, float], what: str) -> None:
-    if not weights or not min(weights.values()) > 0:
-        raise RecipeError(f"data.{name}={weights}: expected {what} with weights above 0")
+    if not weights or not min(weights.values()) > 0 or not math.isfinite(sum(weights.values())):
+        raise RecipeError(f"data.{name}={shown(weights)}: expected {what} with weights above 0 and a finite sum")
+
+
+def _check_folders(name: str, folders: Iterable[str]) -> None:
+    """Refuse two spellings of one folder, whose blocks would count twice."""
+    spelt: dict[object, str] = {}
+    for folder in folders:
+        if (other := spelt.setdefault(folder_identity(folder), folder)) is not folder:
+            raise RecipeError(f"data.{name}: {other!r} and {folder!r} are the same folder: expected each once")
+
+
+def folder_identity(path: str) -> object:
+    """What is equal for two spellings of one folder: links, `..` and other names of it."""
+    try:
+        facts = Path(path).stat()
+    except OSError:  # it is not there yet
+        return Path(path).resolve()
+    return facts.st_dev, facts.st_ino
 
 
 def _check_fine_tuning(data: FineTuningSection) -> FineTuningSection:
@@ -524,13 +582,18 @@ def check_counts(prefix: str, section: Any, *names: str) -> None:
     """
     for name in names:
         count = getattr(section, name)
-        if count is not None and count < 1:
-            raise RecipeError(f"{prefix}.{name}={count}: expected at least 1{', or null for all' * (prefix == 'data')}")
+        if count is not None and not 1 <= count <= MOST:
+            unlimited = ", or null for all" * (prefix == "data")
+            bound = "at least 1" if count < 1 else f"at most {MOST:,}"
+            raise RecipeError(f"{prefix}.{name}={shown(count)}: expected {bound}{unlimited}")
 
 
 def _check_training(training: TrainingSection) -> TrainingSection:
     check_counts("training", training, "steps", "batch_size", "micro_batch_size", "keep_checkpoints")
     check_counts("training", training, "log_every", "eval_every", "save_every", "eval_tasks_documents")
+    if training.batch_size > MOST_ROWS:
+        raise RecipeError(f"training.batch_size={training.batch_size}: expected at most {MOST_ROWS:,}")
+    check_seed("training.seed", training.seed, RecipeError)
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(training, name) > 0:
             raise RecipeError(f"training.{name}={getattr(training, name)}: expected a number above 0")
