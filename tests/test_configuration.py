@@ -215,3 +215,18 @@ def test_layers_and_rules_of_the_controls() -> None:
     assert ThoughtbubblesConfig(routing="random", random_rule="topk").admission_rule == "topk"
     assert ThoughtbubblesConfig(routing="copy", copy_layer=4).copied_layers == (4,)
     assert ThoughtbubblesConfig(routing="pause", copy_layer=4).copied_layers == (0,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"routing": "pause", "budget": 1.5}, "budget=1.5: expected a whole number"),
+        ({"num_hidden_layers": 2}, r"fork_layers=\[3, 7, 11\]: expected distinct"),
+    ],
+)
+def test_fields_changed_in_loading_are_checked(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    ThoughtbubblesConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ThoughtbubblesConfig.from_pretrained(tmp_path, **fields)
+    loaded, unused = ThoughtbubblesConfig.from_pretrained(tmp_path, budget=3, more=1, return_unused_kwargs=True)
+    assert (loaded.budget, unused) == (3, {"more": 1})

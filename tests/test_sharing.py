@@ -28,7 +28,7 @@ CODE = {
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding", "columns", "threshold", "wide"),
+        *("accounting", "controls", "sharing", "decoding", "columns", "threshold", "weights", "wide"),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -175,6 +175,10 @@ def test_a_folder_loads_where_the_package_is_not_installed(model: Any, folder: P
             AutoModelForCausalLM.from_pretrained(again, trust_remote_code=False)
         except ValueError as error:
             results["refused"] = str(error)
+        try:
+            AutoModelForCausalLM.from_pretrained(again, num_hidden_layers=5, **trust)
+        except ValueError as error:
+            results["misfit"] = str(error)
         assert not any(name.partition(".")[0] == "thoughtbubbles" for name in sys.modules)
         print(json.dumps(results))
     """
@@ -210,6 +214,7 @@ def test_a_folder_loads_where_the_package_is_not_installed(model: Any, folder: P
     assert results["again"][0].startswith("transformers_modules.again.")
     assert torch.equal(torch.tensor(results["again"][1]), half.float()(ids).logits)
     assert "trust_remote_code=True" in results["refused"]
+    assert "missing: model.layers.4.attention.o_proj.bias, " in results["misfit"]
     assert not results["registered"]
 
 

@@ -130,6 +130,16 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             raise _invalid("preset", name, f"one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name](), **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, which sets the fields among `kwargs` afterwards, where nothing checks them.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
+
     @property
     def head_dim(self) -> int:
         """K, the size of an attention head."""

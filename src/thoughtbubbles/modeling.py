@@ -29,6 +29,7 @@ from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import Streams
 from .threshold import ScoreHistogram
+from .weights import CheckedModel
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,7 @@ class ThoughtbubblesBlock(GradientCheckpointingLayer):
         return out
 
 
-class ThoughtbubblesPreTrainedModel(SharedModel):
+class ThoughtbubblesPreTrainedModel(SharedModel, CheckedModel):
     """Initialisation of the weights, and what transformers needs to know."""
 
     config: ThoughtbubblesConfig

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thoughtbubbles.budget import Budget
-from thoughtbubbles.errors import InputError
+from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.loading import find_model
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ def adapter() -> "type[HFLM]":
         def __init__(
             self, pretrained: Any, budget: Budget | None = None, use_cache: bool = True, **arguments: Any
         ) -> None:
-            super().__init__(find_model(pretrained) if isinstance(pretrained, str) else pretrained, **arguments)
+            name = find_model(pretrained) if isinstance(pretrained, str) else None
+            try:
+                super().__init__(pretrained if name is None else name, **arguments)
+            except ValueError as error:  # of weights that do not fit, too
+                raise InputError(f"model {name or 'given'}: {one_line(error)}") from error
             self.budget = budget
             self.use_cache = use_cache
             self.truncated = 0  # texts so far whose left end did not fit

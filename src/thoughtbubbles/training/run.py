@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.files import partial_path, replacing, sole_user, write_text
-from thoughtbubbles.loading import check_tokenizer, load_weights
+from thoughtbubbles.loading import check_tokenizer
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.progress import say
@@ -23,6 +23,7 @@ from thoughtbubbles.sharing import write_model_card
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
+from thoughtbubbles.training.pretrained import gate_changes, start_from
 from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, differences, load_recipe, model_config
 from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full
@@ -113,7 +114,7 @@ def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCall
             say("training.sharding=fsdp: one process holds everything", progress)
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
-        model = build_model(recipe, config)
+        model = build_model(recipe, config, progress and checkpoint is None)
         trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress, callbacks)
         metrics = _run(trainer, data, stop)
         summary = _summarise(trainer, metrics)
@@ -217,18 +218,22 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     return config
 
 
-def build_model(recipe: Recipe, config: ThoughtbubblesConfig) -> ThoughtbubblesForCausalLM:
+def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = False) -> ThoughtbubblesForCausalLM:
     """A new model, or the one that the recipe starts from.
 
+    Args:
+        progress: say which gates of the latter begin anew or are dropped.
+
     Raises:
-        InputError: for weights that cannot be loaded.
+        InputError: for weights that cannot be loaded, or do not fit but for gates that the recipe changes.
     """
     pretrained = recipe.model.get("pretrained")
     if pretrained is None:
         model = ThoughtbubblesForCausalLM(config)
     else:
-        # Masters in float32, whatever was saved: updates of bfloat16 weights get lost in rounding.
-        model = load_weights(pretrained, config=config, dtype=torch.float32)
+        if changes := str(gate_changes(pretrained, config)):
+            say(f"model.pretrained={pretrained}: {changes}", progress)
+        model = start_from(pretrained, config)
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it, 5.17 knows the older name alone.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
