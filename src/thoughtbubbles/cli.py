@@ -602,7 +602,9 @@ def demo(
     from thoughtbubbles.loading import load_model, load_tokenizer
 
     names = [model] if other is None else [model, other]
-    serve([Exhibit(name, load_model(name), load_tokenizer(name)) for name in names], port)
+    server = serve([Exhibit(name, load_model(name), load_tokenizer(name)) for name in names], port)
+    typer.echo(f"Thoughtbubbles is at {server.address} (Ctrl-C ends it)")
+    server.wait()
 
 
 def _say_written(paths: list[Path], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the page shows, without the page: traces, predictions, generation, markup, what is refused."""
+"""What the page shows, without the page: traces, predictions, generation, markup."""
 
 import re
 import sys
@@ -21,7 +21,6 @@ from thoughtbubbles.app.render import (
     render_tokens,
     render_tree,
 )
-from thoughtbubbles.app.shield import is_refused
 from thoughtbubbles.loading import load_model, load_tokenizer
 
 
@@ -134,27 +133,6 @@ def test_nothing_of_a_text_becomes_markup(trace: BubbleTrace) -> None:
         assert "<script" not in markup
         elements(markup)
     assert render_message("") == ""
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/gradio_api/file=/etc/passwd",
-        "/file=/etc/passwd",
-        "//gradio_api//file/etc/passwd",
-        "/gradio_api/upload",
-        "/gradio_api/proxy=https://example.org",
-        "/gradio_api/stream/a/b",
-        "/gradio_api/component_server",
-    ],
-)
-def test_files_and_other_sites_are_refused(path: str) -> None:
-    assert is_refused(path)
-
-
-@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/join", "/assets/index.js", "/theme.css"])
-def test_the_rest_of_the_page_is_not(path: str) -> None:
-    assert not is_refused(path)
 
 
 def test_without_gradio_the_command_says_what_to_install(

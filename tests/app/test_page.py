@@ -38,9 +38,9 @@ def address(tiny_run: Path, tiny_data: PreparedData, tmp_path_factory: pytest.Te
     (folder / "recipe.yaml").write_text(RECIPE.format(data=tiny_data.path, output=folder / "run"))
     train(load_recipe(folder / "recipe.yaml", ["model.routing=none", "training.steps=2"]), progress=False)
     runs = {"bubbles": tiny_run, "dense": folder / "run"}
-    page, found = serve([Exhibit(n, load_model(r), load_tokenizer(r)) for n, r in runs.items()], wait=False)
-    yield found
-    page.close(verbose=False)
+    server = serve([Exhibit(n, load_model(r), load_tokenizer(r)) for n, r in runs.items()])
+    yield server.address
+    server.close()
 
 
 # What gradio logs of a request under way when its page is left or asks anew.
@@ -120,6 +120,8 @@ def browser(driver: Any, address: str) -> Iterator[Browser]:
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert urls
     assert [url for url in urls if not url.startswith((address, "data:", "blob:", "chrome:"))] == []
+    answers = [m["params"]["response"] for m in messages if m["method"] == "Network.responseReceived"]
+    assert [(each["url"], each["status"]) for each in answers if each["status"] >= 400] == []
 
 
 def resize(driver: Any, size: tuple[int, int]) -> None:

@@ -14,14 +14,13 @@ from thoughtbubbles.app.render import (
     render_tokens,
     render_tree,
 )
-from thoughtbubbles.app.shield import Shield
+from thoughtbubbles.app.serving import PageServer
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.inspection.trace import BubbleTrace
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
-ADDRESS = "127.0.0.1"
 TEXT = "The old man walked slowly down to the harbour, where the ships lay at anchor."
 LEAST_GREATEST_BUDGET = 4
 CHOOSE = """
@@ -66,42 +65,19 @@ def build_page(exhibits: Sequence[Exhibit]) -> "Blocks":
     return page
 
 
-def serve(exhibits: Sequence[Exhibit], port: int | None = None, wait: bool = True) -> tuple["Blocks", str]:
-    """Show the page on this machine alone; returns it and its address.
+def serve(exhibits: Sequence[Exhibit], port: int | None = None) -> PageServer:
+    """Show the page on this machine alone, from a thread.
 
     Args:
         port: None is the first free one from 7860 on.
-        wait: until the user ends it.
 
     Raises:
         InputError: gradio is not installed, or the port is taken.
     """
     page, gr = build_page(exhibits), _gradio()
-    from starlette.middleware import Middleware
-
     style = files("thoughtbubbles.app").joinpath("page.css").read_text(encoding="utf-8")
-    try:
-        _, address, _ = page.launch(
-            server_name=ADDRESS,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            ssr_mode=False,
-            prevent_thread_lock=True,
-            footer_links=[],
-            allowed_paths=[],
-            blocked_paths=[os.sep],
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=style,
-            app_kwargs={"middleware": [Middleware(Shield)]},
-        )
-    except OSError:
-        raise InputError(f"port {port}: expected one that is free") from None
-    print(f"Thoughtbubbles is at {address} (Ctrl-C ends it)", flush=True)
-    if wait:
-        page.block_thread()
-    return page, address
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return PageServer(page, port, theme=theme, css=style)
 
 
 def _gradio() -> Any:
