@@ -52,13 +52,6 @@ def test_fsdp_gathers_the_rest_and_a_block_at_a_time(precision: str, item: int) 
     assert found.loss == state_bytes(CONFIG, precision).loss > 4 * model.lm_head.weight.numel()
 
 
-def test_fsdp_keeps_a_copy_of_an_unembedding_that_decodes_every_stream() -> None:
-    config = ThoughtbubblesConfig(**{**CONFIG.to_dict(), "merge": "probability"})
-    copy = 2 * config.vocab_size * config.hidden_size
-    assert process_bytes(config, "bfloat16", processes=PROCESSES, sharding="fsdp").casts == copy
-    assert process_bytes(config, "float32", processes=PROCESSES, sharding="fsdp").casts == 0
-
-
 def test_more_processes_hold_less_each_but_gather_as_much() -> None:
     few, many = (process_bytes(CONFIG, processes=count, sharding="fsdp") for count in (2, 8))
     assert few.weights == pytest.approx(4 * many.weights, rel=1e-3)

@@ -63,7 +63,7 @@ class StateBytes(_Amounts):
         optimizer: the two moments of AdamW, float32.
         casts: the bfloat16 copies of the matrices that autocast keeps until the backward pass; 0 in float32.
         loss: the unembedding's gradient, float32, which is formed in the forward pass, its bfloat16 copy and the logits
-            of the rows that are at work; 0 with the merge `probability`, whose logits count as activations.
+            of the rows that are at work.
         exchange: what the exchange with other processes takes; 0 on one.
     """
 
@@ -83,10 +83,8 @@ class ActivationBytes(_Amounts):
         blocks: what autograd saves in the blocks; with gradient checkpointing their inputs alone.
         gates: what it saves in the gates.
         head: the same from the last block to the unembedding.
-        loss: the gradient that the loss hands back; with the merge `probability` what autograd saves of the logits,
-            float32 whatever the precision.
-        passing: held beside these for a while at the peak: a block that gradient checkpointing computes again, or
-            with the merge `probability` the logits and their gradients.
+        loss: the gradient that the loss hands back, float32 whatever the precision.
+        passing: held beside these for a while at the peak: a block that gradient checkpointing computes again.
     """
 
     blocks: int
@@ -239,15 +237,13 @@ def state_bytes(
     parameters, item = count_parameters(config), item_bytes(precision)
     blocks = 0 if gradient_checkpointing else config.num_hidden_layers * _block_matrix(config)
     unembedding = config.vocab_size * config.hidden_size
-    chunked = config.merge != "probability"
-    kept = blocks + (0 if chunked else unembedding)
     narrow = 0 if item == WIDE else item
     return StateBytes(
         weights=WIDE * parameters,
         gradients=WIDE * parameters,
         optimizer=2 * WIDE * parameters,
-        casts=narrow * kept,
-        loss=(WIDE + narrow) * (unembedding + ROWS * config.vocab_size) if chunked else 0,
+        casts=narrow * blocks,
+        loss=(WIDE + narrow) * (unembedding + ROWS * config.vocab_size),
     )
 
 
@@ -278,10 +274,10 @@ def activation_bytes(
     # Cosines and sines are shared by the blocks up to the next fork, except for their casts.
     turning = {0, *config.gated_layers} if precision == "float32" or gradient_checkpointing else range(len(widths))
     angles = sum(widths[layer] * config.head_dim * WIDE for layer in turning)
-    loss, passing = _saved_by_loss(config, length, widths[-1], precision)
+    loss, passing = _saved_by_loss(config, length, widths[-1]), 0
     if gradient_checkpointing:
         # By the time that the blocks are computed again, one after the other, the loss's are gone.
-        passing = max(passing, max(blocks) - loss)
+        passing = max(0, max(blocks) - loss)
         # The residual, and of scored streams log score and weight.
         blocks = [
             width * WIDE * (config.hidden_size + 2 * _is_scored(config, layer)) for layer, width in enumerate(widths)
@@ -289,7 +285,7 @@ def activation_bytes(
     return ActivationBytes(
         blocks=sum(blocks) + angles,
         gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
-        head=_saved_by_head(config, length, widths[-1], precision),
+        head=_saved_by_head(config, length, widths[-1]),
         loss=loss,
         passing=passing,
     )
@@ -326,11 +322,11 @@ def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int
     return before * scoring * WIDE + after * (2 * 8 + (2 + sources) * WIDE + 1)
 
 
-def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> int:
-    """Bytes that autograd saves from the last block to the loss, or to the unembedding with `probability`."""
+def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int) -> int:
+    """Bytes that autograd saves from the last block to the loss."""
     hidden = config.hidden_size
     if config.merge == "probability":
-        return width * hidden * (WIDE + item_bytes(precision))
+        return width * hidden * WIDE
     normed = width if config.merge == "residual-normed" else length
     saved = hidden * normed * WIDE
     if config.gated_layers:
@@ -339,17 +335,11 @@ def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, precis
     return saved
 
 
-def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int, precision: str) -> tuple[int, int]:
-    """Bytes of the loss, unembedding included: what autograd saves, and what passes beside it at the peak."""
-    vocabulary, item = config.vocab_size, item_bytes(precision)
+def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int) -> int:
+    """Bytes that autograd saves of the loss beside the unembedding's gradient: those of hidden states and scores."""
     if config.merge != "probability":
-        return length * config.hidden_size * WIDE, 0
-    log_probs = length * vocabulary * WIDE
-    # In float32 a gradient; in bfloat16 the logits and their float32 copy, and later as many bytes of gradients.
-    passing = length * vocabulary * (WIDE if item == WIDE else WIDE + item)
-    # Each stream's log softmax and its share of the mixture; the sums, and where they are not 0.
-    streams = width * vocabulary
-    return log_probs + 2 * streams * WIDE + length * vocabulary * (WIDE + 1), passing + 2 * streams * WIDE
+        return length * config.hidden_size * WIDE
+    return width * (config.hidden_size + 1) * WIDE
 
 
 def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> int:

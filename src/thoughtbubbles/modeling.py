@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,7 +25,16 @@ from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .decoding import StreamGenerationMixin, refuse_unknown
 from .gate import ForkGate
-from .loss import assert_in_vocabulary, chunked_next_token_loss, next_token_loss, next_token_targets
+from .loss import (
+    IGNORE_INDEX,
+    assert_in_vocabulary,
+    chunked_next_token_loss,
+    chunked_token_losses,
+    next_token_loss,
+    next_token_targets,
+    token_losses,
+)
+from .mixture import Mixture
 from .outputs import ThoughtbubblesCausalLMOutput, ThoughtbubblesModelOutput
 from .sharing import SharedModel, register_models
 from .streams import Streams
@@ -340,30 +350,63 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         loss, targets = None, None if labels is None else next_token_targets(labels, out.columns)
         if targets is not None:
             assert_in_vocabulary(targets, self.config.vocab_size)
-        # An adapter may have put something else in the place of the unembedding.
-        if return_logits or self.config.merge == "probability" or type(self.lm_head) is not nn.Linear:
+        if return_logits or not self._decodes_in_chunks:
             logits = self._logits(out, logits_to_keep)
             loss = None if targets is None else next_token_loss(logits, targets, num_items_in_batch)
         elif targets is not None:
-            assert out.last_hidden_state is not None
-            loss = chunked_next_token_loss(out.last_hidden_state, self.lm_head.weight, targets, num_items_in_batch)
+            loss = self._chunked_loss(out, targets, num_items_in_batch)
         kept = logits if return_logits else None
         return ThoughtbubblesCausalLMOutput(loss, kept, out.cache, out.hidden_states, out.streams)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, columns: Tensor, attention_mask: Tensor | None = None, budget: Budget | None = None
+    ) -> Tensor:
+        """[B, K] losses in nats of the token after each of the columns [K]; 0 where there is none.
+
+        Only some rows of their logits are held at a time. The other arguments are those of `forward`.
+        """
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, budget=budget)
+        targets = next_token_targets(input_ids, out.columns)[:, columns]
+        if not self._decodes_in_chunks:
+            return token_losses(self._logits(out, columns), targets)
+        if self.config.merge != "probability":
+            return chunked_token_losses(out.last_hidden_state[:, columns], self.lm_head.weight, targets)
+        mixture = self._mixture(out, columns)
+        losses = chunked_token_losses(
+            mixture.streams.residual, self.lm_head.weight, mixture.targets(targets), mixture.bubbles()
+        )
+        return mixture.of_columns(losses).where(targets != IGNORE_INDEX, 0)
+
+    @property
+    def _decodes_in_chunks(self) -> bool:
+        """Whether the unembedding is a matrix and no more: an adapter may have put something else in its place."""
+        return type(self.lm_head) is nn.Linear
+
+    def _chunked_loss(self, out: ThoughtbubblesModelOutput, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        if self.config.merge != "probability":
+            assert out.last_hidden_state is not None
+            return chunked_next_token_loss(out.last_hidden_state, self.lm_head.weight, targets, num_items)
+        mixture = self._mixture(out, slice(None))
+        hidden, of_streams = mixture.streams.residual, mixture.targets(targets)
+        return chunked_next_token_loss(hidden, self.lm_head.weight, of_streams, num_items, mixture.bubbles())
 
     def _logits(self, out: ThoughtbubblesModelOutput, logits_to_keep: int | Tensor) -> Tensor:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.config.merge == "probability":
-            return _to_columns(self._mix_streams(out), out.columns)[:, keep].contiguous()
+            return self._mixture(out, keep).log_probs(self.lm_head)
         assert out.last_hidden_state is not None
         logits: Tensor = self.lm_head(out.last_hidden_state[:, keep])
         return logits
 
-    def _mix_streams(self, out: ThoughtbubblesModelOutput) -> Tensor:
-        """Log of the mixture of all streams' next-token distributions [B, T, V] (Design 3.6, `probability`)."""
-        assert out.final_streams is not None
-        logits = self.lm_head(self.model.norm(out.final_streams.residual))
-        log_probs = logits.to(out.final_streams.log_score.dtype).log_softmax(-1)
-        return out.final_streams.mix_log_probs(log_probs, bool(out.merge_is_weighted))
+    def _mixture(self, out: ThoughtbubblesModelOutput, keep: slice | Tensor) -> Mixture:
+        """What predicts the tokens after the columns `keep`."""
+        streams, gates = out.final_streams, len(self.config.gated_layers)
+        assert streams is not None
+        width = streams.token.shape[1]
+        widest = min(2**gates, width) if gates else width // streams.num_tokens
+        kept = Mixture.of(streams, out.columns, keep, bool(out.merge_is_weighted), widest)
+        return replace(kept, streams=kept.streams.with_residual(self.model.norm(kept.streams.residual)))
 
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:

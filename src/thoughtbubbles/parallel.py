@@ -20,8 +20,7 @@ def process_bytes(
     `fsdp` (FSDP2, a group for each block and one for the rest) it holds its share of weights, gradients and moments,
     and gathers the rest for the whole step, in float32, and in the precision of training a block while it is at work
     and the next one while it arrives; beside them the gradients of both groups before they are shared out, a block's
-    in float32 too. The blocks' bfloat16 numbers are then the gathered ones, and autocast keeps a copy of the
-    unembedding at most.
+    in float32 too. The blocks' bfloat16 numbers are then the gathered ones.
 
     Args:
         precision: float32 or bfloat16.
@@ -41,12 +40,11 @@ def process_bytes(
         return replace(whole, exchange=whole.gradients)
     block, rest = _groups(config)
     item = item_bytes(precision)
-    casts_unembedding = item < WIDE and config.merge == "probability"
     return StateBytes(
         weights=-(-whole.weights // processes),
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
-        casts=item * config.vocab_size * config.hidden_size if casts_unembedding else 0,
+        casts=0,
         loss=whole.loss,
         exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )

@@ -87,6 +87,39 @@ class Streams:
             return self._sum_over_bubbles(self.residual)
         return self._sum_over_bubbles(self.residual * self.log_score.exp()[..., None].to(self.residual.dtype))
 
+    def begins(self) -> Tensor:
+        """[B, N] bool: the leftmost stream of each bubble; a run of dead slots counts as one."""
+        before = torch.cat([self.token.new_full((len(self.token), 1), -1), self.token[:, :-1]], dim=1)
+        return self.token != before
+
+    def of_tokens(self, tokens: Tensor, widest: int) -> tuple["Streams", Tensor]:
+        """The streams of some tokens alone, packed left, at most `widest` of each.
+
+        Args:
+            tokens: [B, K] ordinals in any order, some of them perhaps more than once.
+            widest: the most streams that a bubble can have.
+
+        Returns:
+            Streams of K tokens, of which the last are missing where ordinals repeat, and [B, K] the ordinals among
+            them that `tokens` have now.
+        """
+        batch, count = tokens.shape
+        asked = self.alive.new_zeros(batch, self.num_tokens + 1).scatter(1, tokens, True)
+        ordinal = asked.cumsum(1) - 1
+        chosen = asked.gather(1, self.token) & self.alive
+        order = torch.argsort(~chosen, dim=1, stable=True)[:, : count * widest]
+        alive = chosen.gather(1, order)
+        token = ordinal.gather(1, self.token.gather(1, order))
+        residual = self.residual.gather(1, order[..., None].expand(-1, -1, self.residual.shape[-1]))
+        streams = Streams(
+            residual=torch.where(alive[..., None], residual, 0),
+            log_score=torch.where(alive, self.log_score.gather(1, order), 0),
+            token=torch.where(alive, token, count),
+            alive=alive,
+            num_tokens=count,
+        )
+        return streams, ordinal.gather(1, tokens)
+
     def mix_log_probs(self, log_probs: Tensor, weighted: bool) -> Tensor:
         """[B, T, V]: log of each bubble's mixture of distributions, weights p / sum p (paper eq. 11).
 

@@ -198,8 +198,7 @@ def _forwards(
     """Losses [B, p] of the tokens at `positions`, those of each forward."""
     if mode == "blockwise":
         before = torch.tensor(positions, device=batch.device) - 1
-        logits = model(batch, budget=budget, logits_to_keep=before).logits
-        yield F.cross_entropy(logits.transpose(1, 2).float(), batch[:, before + 1], reduction="none")
+        yield model.token_losses(batch, before, budget=budget)
         return
     length = batch.shape[1]
     layers = len(model.config.gated_layers)
