@@ -38,6 +38,14 @@ def seeds() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the package remembers stays out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THOUGHTBUBBLES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def poisoned_scratch_memory() -> Iterator[None]:
     """Fill memory that nobody has written yet with NaN or a huge number, so that reading it shows."""
     with pytest.MonkeyPatch.context() as patch:

@@ -4,17 +4,23 @@ Commands import what they need when they run, so that help answers at once.
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from thoughtbubbles.errors import InputError, RunError, RunInterrupted
+from thoughtbubbles.errors import InputError, RunError, ending
+from thoughtbubbles.files import user_path
+
+# What the command line itself may get wrong; typer names only its last kind.
+UsageError: Any = typer.BadParameter.__base__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +29,53 @@ if TYPE_CHECKING:
 
     from thoughtbubbles.evaluation.perplexity import Perplexity
 
-app = typer.Typer(
-    name="thoughtbubbles",
-    help="Language models that learn to fork and delete residual streams: parallel thinking in latent space.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+
+class _Command(TyperCommand):
+    """A command whose paths may begin with `~`, wherever on the command line they stand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        ctx.params = {
+            name: user_path(value) if isinstance(value, Path) else value for name, value in ctx.params.items()
+        }
+        return rest
+
+
+class _App(typer.Typer):
+    """An app whose commands are `_Command`s."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        return super().command(name, **{"cls": _Command, **options})
+
+
+app = _App(name="thoughtbubbles", add_completion=False, pretty_exceptions_enable=False)
 
 MODEL_HELP = "A trained model: the folder of a run, its model/ folder, one that save_pretrained wrote, or a hub name."
+VERIFY_HELP = (
+    "Check every file of prepared data against its manifest first; without, once after each change, below 20 GB."
+)
 BUDGET_HELP = "Streams per token, such as 1, 1.5 or 2; if not given, the model's own."
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from thoughtbubbles import __version__
+
+        typer.echo(f"thoughtbubbles {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def thoughtbubbles(
+    ctx: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version, and exit.")
+    ] = False,
+) -> None:
+    """Language models that learn to fork and delete residual streams: parallel thinking in latent space."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(InputError.exit_code)
 
 
 @app.command()
@@ -72,6 +115,10 @@ def prepare(
         int | None, typer.Option(help="Threads that tokenise, by default one a core; the result is the same.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder prepared differently.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Prepare nothing: check every file of the folder by its manifest, and exit."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Turn text into blocks of tokens to train on.
@@ -80,9 +127,15 @@ def prepare(
     borders inside a block. Validation is held out by document. A call that was interrupted goes on where it stopped
     when it is made again.
     """
-    from thoughtbubbles.data import load_preparation
+    from thoughtbubbles.data import load_preparation, load_prepared
     from thoughtbubbles.data import prepare as prepare_data
 
+    if verify:
+        if sources or recipe is not None:
+            raise InputError("--verify: expected the prepared folder alone, no sources and no --recipe")
+        found = load_prepared(output, verify=True, progress=not quiet)
+        typer.echo(f"{len(found.manifest.files)} files in {output} are as they were prepared")
+        return
     options: dict[str, Any] = {
         "sources": tuple(sources or ("python-stdlib",)),
         "text_field": text_field,
@@ -111,8 +164,12 @@ def make_task(
         int, typer.Option(help="The greatest difficulty, the least being 1: operators, facts, or keys.")
     ] = 6,
     test_examples: Annotated[
-        int, typer.Option(help="Rows to test on of each difficulty; fewer where there are not so many.")
-    ] = 500,
+        int | None,
+        typer.Option(
+            help="Rows to test on of each difficulty; if not given, 500, and fewer where there are not so many.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the rows; none tests on what another trains on.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -160,6 +217,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, such as training.learning_rate=3e-4.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help=VERIFY_HELP)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
     _help: Annotated[
         bool,
@@ -178,7 +236,7 @@ def train(
     from thoughtbubbles.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or ())
-    summary = run_training(loaded, progress=not quiet, callbacks=task_scores(loaded))
+    summary = run_training(loaded, progress=not quiet, callbacks=task_scores(loaded), verify=verify)
     if not _last_word():
         return
     leak = " (leaks: topk sees later tokens)" if summary.eval_leaks else ""
@@ -214,6 +272,7 @@ def compare(
         bool, typer.Option("--report-only", help="Train nothing: report what is finished so far.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and exit.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help=VERIFY_HELP)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
     _help: Annotated[
         bool,
@@ -233,7 +292,7 @@ def compare(
     from thoughtbubbles.comparison.results import build_report
     from thoughtbubbles.comparison.runs import RunPlanner
 
-    planner = RunPlanner(load_comparison(recipe, overrides or ()))
+    planner = RunPlanner(load_comparison(recipe, overrides or ()), verify)
     if dry_run:
         for line in planner.describe():
             typer.echo(line)
@@ -330,11 +389,13 @@ def generate(
     from thoughtbubbles.evaluation.generation import Sampling, generate_text
     from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
     from thoughtbubbles.loading import load_model, load_tokenizer
+    from thoughtbubbles.options import check_seed
 
+    check_seed("--seed", seed, InputError)
     with _bad_input():
         parse_budget(budget or 1)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     tokenizer, loaded = load_tokenizer(model), load_model(model)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     for text in _prompts(prompt, file, interactive):
         with _bad_input():
             streamer = None if as_json else _streamer(tokenizer)
@@ -450,20 +511,21 @@ def exact_match(
     """
     from thoughtbubbles.evaluation.answering import read_questions
     from thoughtbubbles.evaluation.evaluate import parse_budgets
-    from thoughtbubbles.evaluation.exact_match import PLOT_NAME, check_output, lines_of, measure_exact_match
+    from thoughtbubbles.evaluation.exact_match import MARKS, PLOT_NAME, lines_of, measure_exact_match
+    from thoughtbubbles.folders import filling, output_folder
 
     budgets = None if budget is None else parse_budgets(budget)
-    if output is not None:
-        check_output(output)
-    questions = read_questions(rows, limit)
-    found = measure_exact_match(model, questions, str(rows), budgets, batch_size, progress=not as_json)
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
-    if output is not None:
-        from thoughtbubbles.inspection.plots import plot_scores
+    with nullcontext() if output is None else output_folder(output, MARKS):
+        questions = read_questions(rows, limit)
+        found = measure_exact_match(model, questions, str(rows), budgets, batch_size, progress=not as_json)
+        typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+        if output is not None:
+            from thoughtbubbles.inspection.plots import plot_scores
 
-        written = found.write(output)
-        plot_scores({"exact match": lines_of(found)}, output / PLOT_NAME, Path(model).name, xlabel="difficulty")
-        _say_written([*written, output / PLOT_NAME], output)
+            with filling(output) as files:
+                written = [*found.write(files), files / PLOT_NAME]
+                plot_scores({"exact match": lines_of(found)}, written[-1], Path(model).name, xlabel="difficulty")
+            _say_written(written, output)
 
 
 @app.command()
@@ -507,6 +569,10 @@ def inspect(
             raise InputError(f"{name}={value}: expected it with {'--text' if name == '--token' else '--data'} alone")
     with _bad_input():
         parse_budget(budget or 1)
+    from thoughtbubbles.folders import output_folder
+    from thoughtbubbles.inspection.report import MARKS
+
+    with _bad_input(), nullcontext() if output is None else output_folder(output, MARKS):
         if text is not None:
             _inspect_text(model, text, budget, token, output, as_json)
         elif data is not None:
@@ -595,7 +661,7 @@ def demo(
 ) -> None:
     """Open a page that shows a model think: its bubbles, token by token, at any budget.
 
-    The page is served to this machine alone. It needs gradio: pip install 'thoughtbubbles[demo]'.
+    The page is served to this machine alone. It needs gradio: pip install 'thoughtbubbles\\[demo]'.
     """
     from thoughtbubbles.app.exhibit import Exhibit
     from thoughtbubbles.app.page import serve
@@ -708,12 +774,15 @@ def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterat
     elif file is not None:
         try:
             yield file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise InputError(f"--file {file}: {error}") from None
     elif prompt is not None:
         yield prompt
     else:
-        yield "" if sys.stdin.isatty() else sys.stdin.read()
+        try:
+            yield "" if sys.stdin.isatty() else sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: {error}") from None
 
 
 def _validation_blocks(data: Path, model: str, count: int | None) -> "tuple[Tensor, PreTrainedTokenizerBase]":
@@ -759,6 +828,8 @@ def _bad_input() -> Iterator[None]:
     """Turn the ValueErrors of the library's argument checks into bad input."""
     try:
         yield
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -766,10 +837,51 @@ def _bad_input() -> Iterator[None]:
 def main() -> None:
     """Run the command.
 
-    Bad input is one line on standard error and exit code 2; a run that cannot go on, one line and 1.
+    Bad input is one line on standard error and exit code 2; a run that cannot go on, or a disk or a network that
+    fails, one line and 1. Any other exception is a fault of the program, and keeps its traceback.
     """
     try:
-        app()
-    except (InputError, RunError, RunInterrupted) as end:
+        code = app(standalone_mode=False)
+        _flush()
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        code = RunError.exit_code
+    except Exception as error:
+        end = ending(_ours(error))
+        if end is None:
+            raise
         typer.echo(f"thoughtbubbles: {end}", err=True)
-        sys.exit(end.exit_code)
+        code = end.exit_code
+    sys.exit(code or 0)
+
+
+def _flush() -> None:
+    """Write what is left of the output; if that fails, throw it away, or the interpreter would try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise
+
+
+def _ours(error: Exception) -> Exception:
+    """An error of the command line as bad input, with the option and what was given for it; others as they are."""
+    if isinstance(error, typer.Abort):
+        return RunError("the input ended")
+    if not isinstance(error, UsageError):
+        return error
+    param = getattr(error, "param", None)
+    given = None if param is None else _given(param.opts, sys.argv[1:])
+    text = error.format_message() if given is None else f"{given}: {error.message}"
+    return InputError(" ".join(text.split()))
+
+
+def _given(names: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """The option of one of these names as it was given, the last time; None if it was not."""
+    found = None
+    for place, argument in enumerate(arguments):
+        if argument in names:
+            found = "=".join(arguments[place : place + 2])
+        elif argument.partition("=")[0] in names:
+            found = argument
+    return found

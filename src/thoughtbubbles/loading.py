@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.errors import InputError, one_line
+from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def find_model(path: str | Path) -> str:
     Raises:
         InputError: for a path that is none of them, or a folder without weights.
     """
-    given = Path(path)
+    given = user_path(path)
     folder = next((f for f in (given, given / "model") if (f / "config.json").is_file()), None)
     if folder is None:
         if not given.exists() and HUB_NAME.fullmatch(str(path)):
@@ -30,7 +31,7 @@ def find_model(path: str | Path) -> str:
         raise InputError(f"model {given}: expected a folder with config.json, or that of a finished run")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"model {folder}: config.json is not a configuration: {error}") from None
     if kind != "thoughtbubbles":
         raise InputError(f"model {folder}: model_type is {kind!r}, expected 'thoughtbubbles'")

@@ -35,10 +35,10 @@ class Stage:
 def stage(description: str, total: int | None, enabled: bool) -> Iterator[Stage]:
     """A bar with a description and a total, if that is known beforehand."""
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -263,6 +264,21 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path, corpus:
         assert content(tmp_path) == before
 
 
+def test_a_file_of_mine_in_a_prepared_folder_is_not_overwritten(tmp_path: Path, corpus: str) -> None:
+    prepare(tmp_path / "out", [corpus])
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(DataError, match=r"output .*out also holds notes\.md: expected a new path"):
+        prepare(tmp_path / "out", [corpus], seed=1, overwrite=True)
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, corpus: str) -> None:
+    (tmp_path / "out").mkdir()
+    prepare(tmp_path / "out", [corpus])
+    assert load_prepared(tmp_path / "out").train
+    assert leftovers(tmp_path) == ["corpus", "out"]
+
+
 def test_failed_renaming_brings_the_old_folder_back(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +303,11 @@ def test_failed_renaming_brings_the_old_folder_back(
     ("options", "message"),
     [
         ({"vocab_size": 256}, "vocab_size is 256: expected at least 257"),
+        ({"vocab_size": 1 << 31}, "vocab_size is 2147483648: expected at least 257 .*, at most 1048576"),
+        ({"block_size": 1 << 40}, "block_size is 1099511627776: expected at least 2, .*, at most 16777216"),
+        ({"validation_fraction": math.nan}, "validation_fraction is nan: expected more than 0 and less than 1"),
+        ({"num_proc": 10**9}, "num_proc is 1000000000: expected at least 1, at most 1024"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"block_size": 1}, "block_size is 1: expected at least 2"),
         ({"validation_fraction": 0.0}, "validation_fraction is 0.0: expected more than 0 and less than 1"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0: expected more than 0 and less than 1"),
@@ -408,7 +429,7 @@ def test_damaged_blocks_do_not_load(out: Path) -> None:
         load_prepared(out)
     manifest.write(out)
     (out / "train" / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(DataError, match="train is incomplete or damaged"):
+    with pytest.raises(DataError, match=r"out is incomplete: train/data-00000-of-00001\.arrow is missing, prepare the"):
         load_prepared(out)
 
 
@@ -425,8 +446,9 @@ def test_another_tokenizer_does_not_load(out: Path) -> None:
         ("{", r"manifest.json: not a manifest of prepared data"),
         ("[]", r"manifest.json: not a manifest of prepared data"),
         ("{}", r"manifest.json: not a manifest of prepared data"),
-        ('{"format_version": 99}', r"manifest.json: format_version is 99, expected 2: prepare the data again"),
-        ('{"format_version": 2}', r"manifest.json: a broken manifest of prepared data"),
+        ('{"format_version": 99}', r"manifest.json: format_version is 99, expected 3: prepare the data again"),
+        ("[" * 100_000, r"manifest.json: not a manifest of prepared data"),
+        ('{"format_version": 3}', r"manifest.json: a broken manifest of prepared data"),
     ],
 )
 def test_broken_manifests_do_not_load(out: Path, text: str, message: str) -> None:

@@ -238,8 +238,25 @@ def test_easy_tests_do_not_depend_on_the_hardest(tmp_path: Path) -> None:
 
 
 def test_few_different_questions_give_fewer_rows_to_test_on(tmp_path: Path) -> None:
-    made = make_task(TASKS["arithmetic"], tmp_path / "out", 1, 1, 400, progress=False)
+    made = make_task(TASKS["arithmetic"], tmp_path / "out", 1, 1, progress=False)
     assert 10 < made.test_rows < 60
+    again = make_task(TASKS["arithmetic"], tmp_path / "again", 1, 1, made.test_rows, progress=False)
+    assert again.test_rows == made.test_rows
+
+
+def test_more_questions_than_there_are_are_refused(tmp_path: Path) -> None:
+    there = {digits for digits in all_sums() if split_of(digits) == "test"}
+    message = (
+        f"--test-examples=400: expected at most {len(there)}, as many different questions to test on as arithmetic"
+    )
+    with pytest.raises(DataError, match=message):
+        make_task(TASKS["arithmetic"], tmp_path / "new" / "out", 1, 1, 400, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def all_sums() -> list[str]:
+    """Every question of arithmetic with one operator."""
+    return [f"{a}{sign}{b}=" for a in range(10) for b in range(10) for sign in "+-*"]
 
 
 def read(path: Path) -> list[dict[str, object]]:
@@ -249,10 +266,12 @@ def read(path: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((0, 1, 1), "--examples=0: expected at least 1"),
+        ((0, 1, 1), "--examples=0: expected 1 to 1000000000"),
+        ((10**18, 1, 1), f"--examples={10**18}: expected 1 to 1000000000"),
         ((1, 10, 1), "--max-difficulty=10: expected 1 to 9, for recall"),
         ((1, 0, 1), "--max-difficulty=0: expected 1 to 9, for recall"),
-        ((1, 1, 0), "--test-examples=0: expected at least 1"),
+        ((1, 1, 0), "--test-examples=0: expected 1 to 1000000"),
+        ((1, 1, 10**12), f"--test-examples={10**12}: expected 1 to 1000000"),
     ],
 )
 def test_bad_numbers_are_refused(tmp_path: Path, counts: tuple[int, int, int], message: str) -> None:

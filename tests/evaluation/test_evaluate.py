@@ -1,5 +1,6 @@
 """The whole evaluation: known answers, chance, resumption, comparison, and what the command says of bad input."""
 
+import errno
 import json
 import random
 import runpy
@@ -411,8 +412,50 @@ def test_other_things_at_the_output_are_left_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: Path, causal: Path
 ) -> None:
     (tmp_path / "notes").write_text("mine")
-    line = fail(capsys, monkeypatch, "evaluate", causal, "--tasks", "piqa", "--data-dir", files, "--output", tmp_path)
-    assert line.endswith(f"--output {tmp_path}: expected a new or empty folder, or that of an evaluation")
+    for name in ("notes", "settings.json"):  # an editor's settings are called so too
+        (tmp_path / name).write_text('{"editor.tabSize": 4}')
+        line = fail(
+            capsys, monkeypatch, "evaluate", causal, "--tasks", "piqa", "--data-dir", files, "--output", tmp_path
+        )
+        message = "expected a new or empty folder, or that of an earlier call: something else is in it"
+        assert line.endswith(f"--output {tmp_path}: {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "settings.json"]
+
+
+@pytest.mark.parametrize("record", ["", '{"task": "pi', "[]", '{"metrics": [1]}', "[" * 100_000])
+def test_a_damaged_record_is_named(
+    tmp_path: Path,
+    files: Path,
+    causal: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    record: str,
+) -> None:
+    folder = evaluate(str(causal), tmp_path / "out", options("piqa", files, "1", limit=2), progress=False)
+    path = folder.file("piqa", "1")
+    path.write_text(record)
+    line = fail(
+        capsys, monkeypatch, "evaluate", causal, "--tasks", "piqa", "--data-dir", files, "--limit", 2,
+        "--num-fewshot", 0, "--budget", 1, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert f"{path} is damaged: " in line
+    assert line.endswith("; remove it, and `evaluate` measures it again")
+
+
+def test_a_full_disk_leaves_no_evaluation_that_nothing_came_of(
+    tmp_path: Path, files: Path, causal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("thoughtbubbles.evaluation.evaluate.run_task", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(str(causal), tmp_path / "new" / "out", options("piqa", files, "1"), progress=False)
+    assert not list(tmp_path.iterdir())
+    for output in ("/proc/x", tmp_path / "file" / "below"):
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match=f"--output {output}: cannot be written: "):
+            evaluate(str(causal), Path(output), options("piqa", files, "1"), progress=False)
 
 
 def test_the_command_without_the_harness_says_how_to_get_it(

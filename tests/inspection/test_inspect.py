@@ -121,7 +121,7 @@ def test_terminals_show_shades_and_a_legend() -> None:
         (["--data", "{tmp}"], "manifest.json"),
         (["--data", "{data}", "--reference", "{run}"], "routing is causal, expected a dense model"),
         (["--data", "{data}", "--reference", "{tmp}"], "expected a folder with config.json"),
-        (["--text", "a", "--output", "{tmp}/file"], "expected a folder that can be written"),
+        (["--text", "a", "--output", "{tmp}/file"], "expected a folder, it is a file"),
     ],
 )
 def test_bad_input(

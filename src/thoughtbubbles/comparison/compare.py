@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from thoughtbubbles.comparison.display import display
 from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all
@@ -56,10 +57,12 @@ def carry_out(planner: RunPlanner, jobs: int = 1, progress: bool = True) -> Prog
         progress: show progress on standard error.
 
     Raises:
-        InputError: if the folder is in use by another comparison, or holds runs of other recipes or on other data.
+        InputError: if the folder is in use by another comparison, or holds runs of other recipes or on other data, or
+            something else.
         RunInterrupted: after a signal, when every run is saved.
     """
     comparison = planner.comparison
+    _check_output(comparison.output)
     comparison.output.mkdir(parents=True, exist_ok=True)
     with sole_user(comparison.output / LOCK_NAME) as alone:
         if not alone:
@@ -76,6 +79,11 @@ def carry_out(planner: RunPlanner, jobs: int = 1, progress: bool = True) -> Prog
         with display("training", progress) as shown:
             failed = run_all(runs, comparison.evaluation, jobs, shown)
     return _progress(tuned, runs, comparison, failed)
+
+
+def _check_output(folder: Path) -> None:
+    if folder.is_dir() and not (folder / LOCK_NAME).exists() and any(folder.iterdir()):
+        raise InputError(f"output={folder}: expected a new or empty folder, or that of a comparison to go on with")
 
 
 def look(planner: RunPlanner) -> Progress:

@@ -73,10 +73,10 @@ def display(phase: str, enabled: bool) -> Iterator[Display]:
     """A display while the block runs."""
     console = Console(stderr=True, soft_wrap=True)
     columns = (
-        TextColumn("{task.description:<32}"),
+        TextColumn("{task.description:<32}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not enabled or not console.is_terminal) as bars:

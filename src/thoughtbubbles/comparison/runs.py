@@ -44,13 +44,19 @@ class Run:
 class RunPlanner:
     """Makes the recipes of a comparison's runs.
 
+    Args:
+        comparison: what to compare.
+        verify: check its data whole, as `load_run_data` does.
+
     Raises:
         InputError: for data or a variant's model that cannot be used.
     """
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, verify: bool = False) -> None:
         self.comparison = comparison
-        self.data = load_run_data(self._recipe(Variant("base"), comparison.settings.seeds[0], Path()), progress=False)
+        self._verify = verify
+        first = self._recipe(Variant("base"), comparison.settings.seeds[0], Path())
+        self.data = load_run_data(first, progress=False, verify=verify)
         self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
         self._steps = {name: self._find_steps(variant) for name, variant in comparison.variants.items()}
 
@@ -126,7 +132,7 @@ class RunPlanner:
         first = Variant("base", {})
         sections = {"data": {"path": path, "mixture": None}}
         recipe = self._recipe(first, self.comparison.settings.seeds[0], Path(), sections)
-        data = load_run_data(recipe, progress=False)
+        data = load_run_data(recipe, progress=False, verify=self._verify)
         if data.longest != self.data.longest or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
             raise RecipeError(f"tuning.data={path}: expected the tokenizer and block size of {self.data.source}")
         return data

@@ -7,7 +7,7 @@ imported when a function needs them.
 """
 
 from thoughtbubbles.data.corpora import resolve_source
-from thoughtbubbles.data.errors import DataError, UnfinishedError
+from thoughtbubbles.data.errors import DataError, SourceError, UnfinishedError
 from thoughtbubbles.data.manifest import Manifest, SourceRecord, SplitRecord, TokenizerRecord
 from thoughtbubbles.data.preparation import prepare
 from thoughtbubbles.data.prepared import PreparedData, load_prepared
@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "Manifest",
     "PreparedData",
+    "SourceError",
     "SourceRecord",
     "SplitRecord",
     "TokenizerRecord",

@@ -11,6 +11,7 @@ from typing import Any
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.hub import PREFIX, HubSource, make_source, parse_name
 from thoughtbubbles.data.rowtext import check_template
+from thoughtbubbles.files import user_path
 from thoughtbubbles.options import convert
 
 PYTHON_STDLIB = "python-stdlib"
@@ -117,7 +118,7 @@ def check_different(sources: Sequence[Source]) -> None:
 def _resolve_path(name: str, field: str | None) -> FileSource:
     if name == PYTHON_STDLIB:
         return FileSource(name, tuple(_stdlib_files()))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         found = [path]
     elif glob.has_magic(name):

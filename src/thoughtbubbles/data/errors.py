@@ -9,3 +9,11 @@ class DataError(InputError):
 
 class UnfinishedError(DataError):
     """Work that something outside it stopped (network, disk): what is done stays, and the same call goes on."""
+
+    exit_code = 1
+
+
+class SourceError(UnfinishedError):
+    """A source that is not there or is damaged, as far as can be told: what is done stays, should it come back."""
+
+    exit_code = 2

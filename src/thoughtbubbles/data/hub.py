@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
-from thoughtbubbles.data.errors import DataError, UnfinishedError
-from thoughtbubbles.errors import one_line
+from thoughtbubbles.data.errors import DataError, SourceError, UnfinishedError
+from thoughtbubbles.errors import as_os_error, is_network, is_path_error, one_line
+from thoughtbubbles.files import user_path
 from thoughtbubbles.options import convert
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ class HubSource:
     @property
     def folder(self) -> Path | None:
         """The folder that holds the dataset; None if it is on the hub."""
-        path = Path(self.dataset).expanduser()
+        path = user_path(self.dataset)
         return path.resolve() if path.is_dir() else None
 
     def files(self) -> tuple[Path, ...]:
         """The files of a local folder, or local files that were named, sorted; none for a dataset on the hub."""
         if self.folder is None:
-            return tuple(Path(name).resolve() for name in sorted(glob.glob(self.data_files or "")))  # noqa: PTH207
+            return tuple(Path(name).resolve() for name in sorted(glob.glob(_at_home(self.data_files) or "")))  # noqa: PTH207
         found = (Path(folder, leaf) for folder, _, leaves in os.walk(self.folder) for leaf in leaves)
         return tuple(sorted(file for file in found if not _is_hidden(file.relative_to(self.folder))))
 
@@ -146,6 +147,7 @@ class HubReader:
     """
 
     def __init__(self, source: HubSource, progress: bool = False) -> None:
+        self._source = source
         self._name = source.name
         self._streaming = source.streaming
         self._rows = _load(source, progress)
@@ -185,7 +187,8 @@ class HubReader:
             start: what `position` of a reader of the same source gave; None is the first row.
 
         Raises:
-            UnfinishedError: the dataset cannot be read further.
+            SourceError: the files of a folder cannot be read further.
+            UnfinishedError: the network or the disk stopped the reading.
         """
         try:
             with closing(iter(self._from(start))) as rows:
@@ -193,7 +196,7 @@ class HubReader:
                     self._index += 1
                     yield row
         except Exception as error:  # network, decompression and format errors of many libraries
-            raise UnfinishedError(f"source {self._name!r} cannot be read further: {one_line(error)}") from error
+            raise _failure(self._source, "cannot be read further", error) from error
 
     def _from(self, start: dict[str, Any] | None) -> "Dataset | IterableDataset":
         self._index = 0
@@ -216,6 +219,11 @@ def missing_field(place: str, field: str, fields_there: list[str]) -> DataError:
     return DataError(f"{place} has no field {field!r}: it has {', '.join(map(repr, fields_there)) or 'no fields'}")
 
 
+def _at_home(name: str | None) -> str | None:
+    """A path or address with the home folder for a leading `~`."""
+    return str(user_path(name)) if name is not None and name.startswith("~") else name
+
+
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
@@ -231,10 +239,19 @@ def _load(source: HubSource, progress: bool) -> "Dataset | IterableDataset":
                 split=source.split,
                 streaming=source.streaming,
                 revision=source.revision,
-                data_files=source.data_files,
+                data_files=_at_home(source.data_files),
             )
     except Exception as error:  # the library raises a dozen kinds for an unknown name, config, split or network
-        raise UnfinishedError(f"source {source.name!r} cannot be loaded: {one_line(error)}") from error
+        raise _failure(source, "cannot be loaded", error) from error
+
+
+def _failure(source: HubSource, what: str, error: Exception) -> UnfinishedError:
+    """What the library's error means: a source at fault where it is local or was never there, else the network."""
+    absent = what == "cannot be loaded" and isinstance(error, FileNotFoundError | ValueError)
+    found = as_os_error(error)
+    stopped = is_network(error) or (found is not None and found.errno is not None and not is_path_error(found))
+    kind = SourceError if not stopped and (absent or source.folder is not None) else UnfinishedError
+    return kind(f"source {source.name!r} {what}: {one_line(error)}")
 
 
 @contextmanager

@@ -12,12 +12,15 @@ from thoughtbubbles.data.corpora import FileSource, Source, check_different, res
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.manifest import FORMAT_VERSION
 from thoughtbubbles.data.packing import token_type
-from thoughtbubbles.data.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, vocabulary_size
+from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
+from thoughtbubbles.options import check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SourceName = str | Mapping[str, Any]
+# Longer rows no budget is exact for.
+MAX_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def make_job(
         if isinstance(value, str | Mapping):
             raise DataError(f"{name} is {value!r}: expected a list of names")
     _check_numbers(vocab_size, block_size, validation_fraction, limit_tokens)
+    check_seed("seed", seed, DataError)
     if not sources:
         raise DataError("sources is empty: expected at least one name")
     found, held_out = _resolve(sources), _resolve(validation)
@@ -119,10 +123,9 @@ def make_job(
 
 
 def _check_numbers(vocab_size: int, block_size: int, validation_fraction: float, limit_tokens: int | None) -> None:
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"vocab_size is {vocab_size}: expected at least {MIN_VOCAB_SIZE} (bytes and end of text)")
-    if block_size < 2:
-        raise DataError(f"block_size is {block_size}: expected at least 2, a token and the next")
+    check_vocab_size(vocab_size)
+    if not 2 <= block_size <= MAX_TOKENS:
+        raise DataError(f"block_size is {block_size}: expected at least 2, a token and the next, at most {MAX_TOKENS}")
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction is {validation_fraction}: expected more than 0 and less than 1")
     if limit_tokens is not None and limit_tokens < 1:

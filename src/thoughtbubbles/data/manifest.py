@@ -8,7 +8,7 @@ from typing import Any
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.files import write_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 PACKING = (
     "documents, each after the end-of-text token, are concatenated and cut into blocks; "
@@ -117,6 +117,7 @@ class Manifest:
         train: the train split.
         validation: the validation split.
         versions: of python and the libraries that made it.
+        files: sha256 of every other file of the folder, in hexadecimal, by its path there.
     """
 
     format_version: int
@@ -134,6 +135,7 @@ class Manifest:
     train: SplitRecord
     validation: SplitRecord
     versions: dict[str, str]
+    files: dict[str, str]
 
     def to_json(self) -> str:
         """The manifest as indented JSON text."""
@@ -149,7 +151,7 @@ class Manifest:
         try:
             values: dict[str, Any] = json.loads(text)
             version = values["format_version"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError("not a manifest of prepared data: expected JSON with a format_version") from error
         if version != FORMAT_VERSION:
             raise DataError(f"format_version is {version}, expected {FORMAT_VERSION}: prepare the data again")
@@ -159,7 +161,11 @@ class Manifest:
             for name in ("train", "validation"):
                 values[name] = SplitRecord(**values[name])
             values["tokenizer"] = TokenizerRecord(**values["tokenizer"])
-            return cls(**values)
+            manifest = cls(**values)
+            for name, kind in (("block_size", int), ("vocab_size", int), ("fingerprint", str), ("files", dict)):
+                if type(values[name]) is not kind:
+                    raise TypeError(f"{name} is {values[name]!r}")
+            return manifest
         except (TypeError, KeyError) as error:
             raise DataError(f"a broken manifest of prepared data: {error}") from error
 

@@ -9,10 +9,17 @@ from thoughtbubbles.data.corpora import PYTHON_STDLIB
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.job import SourceName, make_job
 from thoughtbubbles.data.manifest import MANIFEST_NAME, Manifest
-from thoughtbubbles.data.prepared import check_complete
+from thoughtbubbles.data.prepared import SPLITS, check_complete
 from thoughtbubbles.data.run import Run
+from thoughtbubbles.data.verification import verify
 from thoughtbubbles.data.workfolder import discard_work, locked_work, publish, resumable
+from thoughtbubbles.files import user_path
 from thoughtbubbles.progress import say
+
+# All that is in a prepared folder.
+PARTS = (*SPLITS, "tokenizer", MANIFEST_NAME)
+# What waits for a thread fills the memory.
+MOST_THREADS = 1024
 
 
 def prepare(
@@ -78,8 +85,8 @@ def prepare(
             that exists and holds something else, or that another process prepares.
         UnfinishedError: the network or the disk stopped the work; the same call goes on.
     """
-    if num_proc is not None and num_proc < 1:
-        raise DataError(f"num_proc is {num_proc}: expected at least 1")
+    if num_proc is not None and not 1 <= num_proc <= MOST_THREADS:
+        raise DataError(f"num_proc is {num_proc}: expected at least 1, at most {MOST_THREADS}")
     job = make_job(
         sources,
         validation,
@@ -91,7 +98,7 @@ def prepare(
         limit_tokens=limit_tokens,
         seed=seed,
     )
-    folder = Path(output).expanduser().resolve()
+    folder = user_path(output).resolve()
     fingerprint = job.fingerprint()
     if (ready := _already_prepared(folder, fingerprint, overwrite, progress)) is not None:
         discard_work(folder, job.work_fingerprint())
@@ -110,8 +117,9 @@ def _already_prepared(folder: Path, fingerprint: str, overwrite: bool, progress:
     """The manifest if the folder holds the result; otherwise check that it may be written."""
     try:
         manifest = Manifest.read(folder)
-        check_complete(folder, manifest)
         if manifest.fingerprint == fingerprint:
+            check_complete(folder, manifest)
+            verify(folder, manifest, progress=progress)
             say(f"{folder} is already prepared from the same sources with the same options: nothing to do", progress)
             return manifest
     except DataError:
@@ -121,21 +129,23 @@ def _already_prepared(folder: Path, fingerprint: str, overwrite: bool, progress:
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not _is_prepared(folder):
         raise DataError(f"output {folder} exists and is not a prepared folder: expected a new path")
     if not overwrite:
         raise DataError(
-            f"output {folder} was prepared from other sources or with other options, or is incomplete: "
-            "expected a new path, or overwrite"
+            f"output {folder} was prepared from other sources or with other options, or is incomplete or "
+            "damaged: expected a new path, or overwrite"
         )
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in PARTS):
+        raise DataError(f"output {folder} also holds {', '.join(others)}: expected a new path, or nothing else in it")
 
 
 def _is_prepared(folder: Path) -> bool:
     """Whether a manifest of ours is there, of whatever format version: what may be replaced."""
     try:
         values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and {"format_version", "fingerprint"} <= values.keys()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.manifest import Manifest, SplitRecord
 from thoughtbubbles.data.tokenizer import load_tokenizer, tokenizer_hash
+from thoughtbubbles.data.verification import verify as verify_folder
+from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,18 +38,25 @@ class PreparedData:
         return load_tokenizer(self.path / "tokenizer")
 
 
-def load_prepared(path: str | Path) -> PreparedData:
+def load_prepared(path: str | Path, verify: bool = False, progress: bool = False) -> PreparedData:
     """Open a folder that `prepare` wrote.
 
+    Files that were not read whole since they changed last are checked by their sha256 first, below 20 GB.
+
+    Args:
+        verify: check everything, whatever its size.
+        progress: show how far the checking is.
+
     Raises:
-        DataError: no such folder, not a prepared one, an incomplete one, one of another format version, or one
-            whose tokenizer is not the one that made its blocks.
+        DataError: no such folder, not a prepared one, an incomplete one, one of another format version, or one that
+            holds something else than was prepared.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist: expected a folder written by `thoughtbubbles prepare`")
     manifest = Manifest.read(folder)
     check_complete(folder, manifest)
+    verify_folder(folder, manifest, verify, progress)
     train, validation = (_load_split(folder / split, getattr(manifest, split), manifest) for split in SPLITS)
     return PreparedData(folder, manifest, train, validation)
 

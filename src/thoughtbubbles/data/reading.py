@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thoughtbubbles.data.corpora import FileSource, Source, file_kind
-from thoughtbubbles.data.errors import DataError, UnfinishedError
+from thoughtbubbles.data.errors import DataError, SourceError, UnfinishedError
 from thoughtbubbles.data.hub import HubReader, HubSource, missing_field, newest_commit
 from thoughtbubbles.data.rowtext import render
+from thoughtbubbles.errors import is_path_error, one_line, os_reason
 
 # Rows decoded at a time from a parquet file: few, because a row can be a whole book.
 PARQUET_ROWS = 32
@@ -236,7 +237,9 @@ def _file_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str,
 
 
 def _unreadable(path: Path, error: OSError) -> UnfinishedError:
-    return UnfinishedError(f"cannot read {path}: {error.strerror or error}")
+    # Without a number it is the library's word for a file that is damaged.
+    kind = SourceError if error.errno is None or is_path_error(error) else UnfinishedError
+    return kind(f"cannot read {path}: {os_reason(error)}")
 
 
 def _parquet_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str, Row]]:
@@ -255,8 +258,8 @@ def _parquet_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[s
                 skipped -= batch.num_rows - fresh.num_rows
                 for row in fresh.to_pylist():
                     yield str(path), row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
 
 
 def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
@@ -293,8 +296,8 @@ def _jsonl_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str
 def _json_object(line: bytes, place: str, field: str | None) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON that can be read: {one_line(error)}") from error
     if not isinstance(row, dict):
         wanted = "an object" if field is None else f"an object with the field {field!r}"
         raise DataError(f"{place} holds a {type(row).__name__}, expected {wanted}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.files import user_path
 from thoughtbubbles.options import check_known, convert, read_yaml
 
 # The keys and their types: whatever changes the result. Where to write and how fast are matters of the command line.
@@ -33,7 +34,7 @@ def load_preparation(path: str | Path) -> dict[str, Any]:
         DataError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
     place = f"recipe {path}"
-    content = read_yaml(Path(path).expanduser(), DataError)
+    content = read_yaml(user_path(path), DataError)
     if not isinstance(content, dict):
         raise DataError(f"{place}: expected keys and values, of {', '.join(KEYS)}")
     try:

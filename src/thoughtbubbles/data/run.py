@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from thoughtbubbles.data.splitting import Documents, Indices, split_documents
 from thoughtbubbles.data.survey import Sample, Survey, read_sample, survey_sources, train_on_sample
 from thoughtbubbles.data.tokenising import Tokeniser
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
+from thoughtbubbles.data.verification import hash_folder
 from thoughtbubbles.data.workfolder import RESULT, SHARDS, SURVEY, fresh, has_work
 from thoughtbubbles.files import write_text
 from thoughtbubbles.progress import say, stage
@@ -93,10 +95,12 @@ class Run:
     def _commits(self) -> dict[str, str | None]:
         """The commits of the hub's datasets at the first start: a later one would go on in another text."""
         path = self.work / "commits.json"
-        if not path.exists():
-            hub = [source for source in self.job.everything if isinstance(source, HubSource)]
-            write_text(path, json.dumps({source.name: newest_commit(source) for source in hub}))
-        commits: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError):
+            commits: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))
+            return commits
+        hub = [source for source in self.job.everything if isinstance(source, HubSource)]
+        commits = {source.name: newest_commit(source) for source in hub}
+        write_text(path, json.dumps(commits))
         return commits
 
     def _survey(self) -> Survey | None:
@@ -161,6 +165,8 @@ class Run:
             among=survey.digests if survey is not None and job.limit_tokens else None,
         )
         separator = int(tokenizer.eos_token_id)
+        train = self._pack_split("train", split.train, store, documents, separator)
+        validation = self._pack_split("validation", split.validation, store, documents, separator)
         return Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self.fingerprint,
@@ -174,9 +180,10 @@ class Run:
             excluded_documents=len(documents) - len(split.train) - len(split.validation),
             packing=PACKING,
             tokenizer=_tokenizer_record(job.tokenizer_name, tokenizer, sample, self.work / RESULT / "tokenizer"),
-            train=self._pack_split("train", split.train, store, documents, separator),
-            validation=self._pack_split("validation", split.validation, store, documents, separator),
+            train=train,
+            validation=validation,
             versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            files=hash_folder(self.work / RESULT),
         )
 
     def _pack_split(

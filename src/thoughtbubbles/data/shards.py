@@ -186,7 +186,7 @@ class ShardStore:
             record = ShardRecord.from_json((folder / "record.json").read_text(encoding="utf-8"))
             documents = len(np.load(folder / "documents.npy", mmap_mode="r"))
             size = (folder / "tokens").stat().st_size
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):
             return None
         whole = sum(record.readings.values(), Reading())
         expected = (whole.documents, (whole.tokens - whole.documents) * self.dtype.itemsize)

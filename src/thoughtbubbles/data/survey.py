@@ -58,7 +58,7 @@ class Survey:
     @classmethod
     def read(cls, folder: Path) -> "Survey | None":
         """Read what `write` wrote; None if it is not there."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, EOFError):
             counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
             return cls(np.load(folder / "digests.npy"), np.load(folder / "sizes.npy"), counts)
         return None

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.errors import DataError, UnfinishedError
+from thoughtbubbles.errors import is_network
+from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One token a byte, and the end of text.
 MIN_VOCAB_SIZE = 257
+# Four times the largest in use. The trainer of the tokenizers library takes 66 bytes a token before it reads any text.
+MAX_VOCAB_SIZE = 1 << 20
 
 PIECE_CHARACTERS = 1 << 16
 BATCH_CHARACTERS = 1 << 20
@@ -47,13 +51,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
             of pairs that occur twice, and gives fewer.
 
     Raises:
-        DataError: vocab_size below 257.
+        DataError: as `check_vocab_size`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"vocab_size is {vocab_size}: expected at least {MIN_VOCAB_SIZE} (bytes and end of text)")
+    check_vocab_size(vocab_size)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -68,6 +71,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Check the size of a vocabulary that is to be trained.
+
+    Raises:
+        DataError: it is too small for the bytes and the end of text, or larger than any in use.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise DataError(
+            f"vocab_size is {vocab_size}: expected at least {MIN_VOCAB_SIZE} (bytes and end of text), "
+            f"at most {MAX_VOCAB_SIZE}"
+        )
+
+
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from a folder that AutoTokenizer reads, or else by its name on the Hugging Face hub.
 
@@ -79,16 +95,17 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    local = str(name) != "" and Path(name).expanduser().is_dir()
+    local = str(name) != "" and user_path(name).is_dir()
     if not local and not HUB_NAME.fullmatch(str(name)):
         raise DataError(f"tokenizer {str(name)!r} is not a folder, and no name of a tokenizer on the hub")
-    place = Path(name).expanduser() if local else name
+    place = user_path(name) if local else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything, the bare Exception included
         reason = str(error).strip().partition("\n")[0]
         where = "" if local else " (no such folder; taken for a name on the hub)"
-        raise DataError(f"tokenizer {str(name)!r} cannot be loaded by AutoTokenizer{where}: {reason}") from error
+        kind = UnfinishedError if is_network(error) else DataError
+        raise kind(f"tokenizer {str(name)!r} cannot be loaded by AutoTokenizer{where}: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer {str(name)!r} is a slow one: expected one with a tokenizer.json")
     if tokenizer.eos_token_id is None:

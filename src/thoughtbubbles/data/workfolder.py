@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from thoughtbubbles.data.errors import DataError, UnfinishedError
-from thoughtbubbles.files import flush, flush_entry, lock, partial_path, write_text
+from thoughtbubbles.errors import as_os_error, is_path_error, os_reason
+from thoughtbubbles.files import flush, flush_entry, lock, made_folder, partial_path, write_text
 from thoughtbubbles.progress import say
 
 LOCK = "lock"
@@ -28,13 +29,16 @@ def locked_work(output: Path) -> Iterator[Path]:
 
     Raises:
         DataError: it cannot be made, or another process prepares the same output.
+        UnfinishedError: the disk is full or broken.
     """
     work = partial_path(output)
-    try:
-        lock_file = _lock(work, output)
-    except OSError as error:
-        raise DataError(f"output {output} cannot be written: {error.strerror}") from error
-    with lock_file:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(output.parent))
+            stack.enter_context(_lock(work, output))
+        except OSError as error:
+            kind = DataError if is_path_error(error) else UnfinishedError
+            raise kind(f"output {output} cannot be written: {os_reason(error)}") from error
         try:
             _restore(work, output)
             yield work
@@ -63,13 +67,14 @@ def resumable(work: Path, output: Path, fingerprint: str, progress: bool) -> Ite
         say(f"stopped{_what_stays(work)}", progress)
         raise
     except UnfinishedError as error:
-        raise UnfinishedError(f"{error}{_what_stays(work)}") from error
+        raise type(error)(f"{error}{_what_stays(work)}") from error
     except DataError:
         _clear(work)
         raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise UnfinishedError(f"output {output} cannot be written: {reason}{_what_stays(work)}") from error
+    except Exception as error:
+        if (found := as_os_error(error)) is None:
+            raise
+        raise UnfinishedError(f"output {output} cannot be written: {os_reason(found)}{_what_stays(work)}") from error
     with suppress(OSError):  # the output is there: what cannot be removed is no failure
         _clear(work)
 
@@ -115,7 +120,7 @@ def _what_stays(work: Path) -> str:
 
 def _lock(work: Path, output: Path) -> IO[bytes]:
     while True:
-        work.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
         try:
             file = (work / LOCK).open("ab")
         except FileNotFoundError:  # removed in between by the process that has just finished

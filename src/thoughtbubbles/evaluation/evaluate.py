@@ -91,9 +91,10 @@ def evaluate(model: str, output: Path, options: Options, progress: bool = True) 
             "its vocab_size"
         )
     folder = EvaluationFolder(output)
-    folder.open(_settings(model, config, options))
-    todo = [(each, left) for each in options.benchmarks if (left := _left(folder, each, budgets, options))]
-    if todo:
+    with folder.opened(_settings(model, config, options)):
+        todo = [(each, left) for each in options.benchmarks if (left := _left(folder, each, budgets, options))]
+        if not todo:
+            return folder
         with quiet_harness(progress):
             lm = adapter()(
                 load_model(model), use_cache=options.use_cache, tokenizer=tokenizer, batch_size=options.batch_size

@@ -16,11 +16,14 @@ from thoughtbubbles.evaluation.answering import Answer, Question, answer_questio
 from thoughtbubbles.evaluation.evaluate import choose_budgets
 from thoughtbubbles.evaluation.statistics import Scores
 from thoughtbubbles.files import write_text
+from thoughtbubbles.folders import Marks
 from thoughtbubbles.loading import load_config, load_model, load_tokenizer
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.progress import stage
 
 RESULT_NAME, ANSWERS_NAME, PLOT_NAME = "exact_match.json", "answers.jsonl", "exact_match.png"
+# What says that a folder is one of an earlier measurement.
+MARKS: Marks = {RESULT_NAME: ("source", "scores", "made_with")}
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ class ExactMatch:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write exact_match.json and answers.jsonl; their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write exact_match.json and answers.jsonl into a folder that is there; their paths."""
         result, answers = folder / RESULT_NAME, folder / ANSWERS_NAME
         rows = [
             {"budget": each.budget, **asdict(each.question), "written": each.written, "right": each.right}
@@ -126,16 +128,6 @@ def lines_of(found: ExactMatch) -> dict[str, list[tuple[float, float, float]]]:
             point = (float(score.difficulty), score.value, score.stderr or 0.0)
             lines.setdefault(f"budget {score.budget}", []).append(point)
     return lines
-
-
-def check_output(folder: Path) -> None:
-    """Check that a folder can be written to, before the work.
-
-    Raises:
-        InputError: it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: expected a folder")
 
 
 def measure_exact_match(

@@ -1,5 +1,6 @@
 """Generating text from a prompt."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Beyond them float32 overflows, or nothing is left to draw from.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (1e-5, 1e5, "0, or a number from 0.00001 to 100000"),
+    "top_k": (0, math.inf, "0, or a whole number above it"),
+    "top_p": (0, 1, "a number from 0 to 1"),
+    "min_p": (0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (0.01, 100, "a number from 0.01 to 100"),
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -22,6 +33,9 @@ class Sampling:
         top_p: only the likeliest tokens that together have this probability; 1 is all.
         min_p: only tokens of at least this share of the likeliest one's probability; 0 is all.
         repetition_penalty: above 1 makes tokens that occurred less likely; 1 is none.
+
+    Raises:
+        ValueError: for a number outside of `RANGES`, or one that is not finite.
     """
 
     temperature: float = 0.8
@@ -29,6 +43,13 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, (least, most, words) in RANGES.items():
+            value = getattr(self, name)
+            # Written so that a value that is no number does not pass.
+            if not (least <= value <= most or (name == "temperature" and value == 0)):
+                raise ValueError(f"{name}={value}: expected {words}")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `generate` in transformers."""

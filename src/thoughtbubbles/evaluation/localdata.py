@@ -11,6 +11,7 @@ from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.hub import missing_field
 from thoughtbubbles.data.reading import Row, read_rows
+from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -30,7 +31,7 @@ def find_file(data_dir: str | Path, stem: str) -> Path:
     Raises:
         DataError: no such folder or file.
     """
-    folder = Path(data_dir).expanduser()
+    folder = user_path(data_dir)
     if not folder.is_dir():
         raise DataError(f"--data-dir {folder}: expected a folder with the files of the tasks")
     names = [stem] if Path(stem).suffix else [stem + suffix for suffix in SUFFIXES]

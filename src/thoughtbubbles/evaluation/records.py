@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -10,13 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.errors import InputError
+from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.evaluation.statistics import Scores
-from thoughtbubbles.files import write_text
+from thoughtbubbles.files import made_folder, write_text
+from thoughtbubbles.folders import Marks, has_keys, output_folder
 from thoughtbubbles.machine import describe_machine
 
 SETTINGS_NAME = "settings.json"
 DOCUMENTS_NAME = "documents"
+# What says that a folder is one of an evaluation.
+MARKS: Marks = {SETTINGS_NAME: ("model", "config_hash", "weights_hash")}
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,28 @@ class EvaluationFolder:
 
     path: Path
 
-    def open(self, settings: Mapping[str, Any]) -> None:
-        """Begin an evaluation, or go on with one of the same settings.
+    @contextmanager
+    def opened(self, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Begin an evaluation, or go on with one of the same settings; one that nothing came of leaves nothing.
 
         Raises:
             InputError: the folder holds something else, or an evaluation of other settings; saying what differs.
+            RunError: the disk is full or broken.
         """
-        if not (self.path / SETTINGS_NAME).is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InputError(f"--output {self.path}: expected a new or empty folder, or that of an evaluation")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / SETTINGS_NAME, json.dumps(dict(settings), indent=2) + "\n")
-            return
+        with output_folder(self.path, MARKS):
+            begun = self.path / SETTINGS_NAME
+            if begun.exists():
+                self._check_same(settings)
+            else:
+                write_text(begun, json.dumps(dict(settings), indent=2) + "\n")
+            try:
+                yield
+            except BaseException:
+                if not (self.path / DOCUMENTS_NAME).exists():
+                    begun.unlink()
+                raise
+
+    def _check_same(self, settings: Mapping[str, Any]) -> None:
         changed = [
             f"{name}: {self.settings.get(name)} is now {value}"
             for name, value in settings.items()
@@ -119,12 +133,11 @@ class EvaluationFolder:
         Raises:
             InputError: it is not the folder of an evaluation.
         """
-        try:
-            found: dict[str, Any] = json.loads((self.path / SETTINGS_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not has_keys(self.path / SETTINGS_NAME, MARKS[SETTINGS_NAME]):
             raise InputError(
                 f"{self.path}: expected the folder of an evaluation, which `thoughtbubbles evaluate --output` wrote"
-            ) from None
+            )
+        found: dict[str, Any] = json.loads((self.path / SETTINGS_NAME).read_text(encoding="utf-8"))
         return found
 
     def file(self, task: str, budget: str) -> Path:
@@ -134,13 +147,22 @@ class EvaluationFolder:
     def write(self, record: TaskRecord) -> None:
         """Keep a task's record, whole or not at all."""
         path = self.file(record.task, record.budget)
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, json.dumps(asdict(record)) + "\n")
+        with made_folder(path.parent):
+            write_text(path, json.dumps(asdict(record)) + "\n")
 
     def read(self, path: Path) -> TaskRecord:
-        """A task's record."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return TaskRecord(**{**content, "metrics": [MetricRecord(**each) for each in content["metrics"]]})
+        """A task's record.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return TaskRecord(**{**content, "metrics": [MetricRecord(**each) for each in content["metrics"]]})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"{path} is damaged: {one_line(error)}; remove it, and `evaluate` measures it again"
+            ) from error
 
     def records(self, tasks: Sequence[str]) -> list[TaskRecord]:
         """All that there are, in the order of `tasks` and of budgets."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.files import write_text
+from thoughtbubbles.folders import Marks, filling
 from thoughtbubbles.inspection import figures
 from thoughtbubbles.inspection.ablation import Ablation, ablate
 from thoughtbubbles.inspection.bubbles import mark_bubbles, shade_bubbles
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEAK = "; leaks: topk routing sees later tokens, so this is no left-to-right likelihood"
+MARKS: Marks = {
+    "trace.json": ("surprisal", "streams", "tokens_cut"),
+    "statistics.json": ("reference_loss", "streams_by_layer", "confidence"),
+}
+"""What says that a folder is one of an earlier inspection."""
 MOST_ABLATIONS = 32
 WORD_BLOCKS = 1000
 """Training blocks in which the words of a corpus are counted."""
@@ -145,7 +151,7 @@ def _main_curves(found: CorpusStatistics) -> list[tuple[str, Curve]]:
 
 
 def write_report(report: TextReport, folder: Path) -> list[Path]:
-    """Write a report to a folder: trace.parquet, trace.json, and pictures as PNG and SVG; returns their paths."""
+    """Write a report to a folder that is there: trace.parquet, trace.json, and pictures as PNG and SVG; their paths."""
     trace = report.trace
     drawn = {
         "streams": figures.draw_streams(trace),
@@ -154,18 +160,20 @@ def write_report(report: TextReport, folder: Path) -> list[Path]:
     }
     if report.ablation is not None and report.ablation.tokens:
         drawn["ablation"] = figures.draw_ablation(trace, report.ablation)
-    _make(folder)
-    trace.save(folder / "trace.parquet")
-    return [folder / "trace.parquet", *_write(folder, "trace", report.to_dict(), drawn)]
+    with filling(folder) as files:
+        trace.save(files / "trace.parquet")
+        written = [files / "trace.parquet", *_write(files, "trace", report.to_dict(), drawn)]
+    return [folder / path.name for path in written]
 
 
 def write_statistics(found: CorpusStatistics, folder: Path) -> list[Path]:
-    """Write statistics to a folder: statistics.json, and pictures as PNG and SVG; returns their paths."""
+    """Write statistics to a folder that is there: statistics.json, and pictures as PNG and SVG; their paths."""
     drawn = {"uncertainty": figures.draw_uncertainty(found), "overview": figures.draw_overview(found)}
     if found.ablation is not None:
         drawn["ablation"] = figures.draw_effect(found)
-    _make(folder)
-    return _write(folder, "statistics", found.to_dict(), drawn)
+    with filling(folder) as files:
+        written = _write(files, "statistics", found.to_dict(), drawn)
+    return [folder / path.name for path in written]
 
 
 def check_reference(model: ThoughtbubblesForCausalLM, reference: ThoughtbubblesForCausalLM, name: str) -> None:
@@ -179,13 +187,6 @@ def check_reference(model: ThoughtbubblesForCausalLM, reference: ThoughtbubblesF
     if reference.config.vocab_size < model.config.vocab_size:
         sizes = f"{reference.config.vocab_size}, expected at least the model's {model.config.vocab_size}"
         raise InputError(f"reference {name}: vocabulary of {sizes}")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {folder}: expected a folder that can be written: {error.strerror}") from None
 
 
 def _write(folder: Path, name: str, content: Mapping[str, Any], drawn: Mapping[str, Figure]) -> list[Path]:

@@ -105,7 +105,7 @@ class ProgressDisplay(TrainerCallback):
         self._first = (state.global_step, time.monotonic())
         if not (state.is_world_process_zero and self.console.is_terminal):
             return
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn()]
         times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
         self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), *times, console=self.console)
         self._task = self._bar.add_task(self.description, total=state.max_steps, completed=state.global_step, note="")

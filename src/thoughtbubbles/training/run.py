@@ -77,7 +77,9 @@ class RunSummary:
         return cls(**json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8")))
 
 
-def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
+def train(
+    recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCallback] = (), verify: bool = False
+) -> RunSummary:
     """Train a model as a recipe says, or go on with a run that was interrupted.
 
     Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity, the commit,
@@ -90,6 +92,7 @@ def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCall
     Args:
         progress: show progress on standard error.
         callbacks: of the Trainer, beside those of every run.
+        verify: check prepared data whole, whatever their size and however often it was done.
 
     Raises:
         InputError: for data or model fields that cannot be used, or an output folder that holds something else, a
@@ -101,7 +104,7 @@ def train(recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCall
     arguments = build_arguments(recipe, output)
     main = arguments.process_index == 0
     progress = progress and main
-    data = load_run_data(recipe, progress)
+    data = load_run_data(recipe, progress, verify)
     config = build_config(recipe, data)
     with stop_on_signals() as stop, _opened(recipe, data, output, arguments) as finished, _full_disk_said(output):
         if finished is not None:

@@ -113,11 +113,12 @@ class RunData:
             self.samples.close()
 
 
-def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
+def load_run_data(recipe: Recipe, progress: bool = True, verify: bool = False) -> RunData:
     """Open the data of a recipe.
 
     Args:
-        progress: show how far the tokenising of rows is, and say which are not used.
+        progress: show how far the checking or tokenising is, and say which rows are not used.
+        verify: read prepared folders whole and check them, whatever their size and however often it was done.
 
     Raises:
         InputError: for data that cannot be used.
@@ -125,9 +126,9 @@ def load_run_data(recipe: Recipe, progress: bool = True) -> RunData:
     if isinstance(recipe.data, FineTuningSection):
         data = _load_examples(recipe, recipe.data, progress)
     elif isinstance(recipe.data, StreamSection):
-        data = _load_stream(recipe, recipe.data)
+        data = _load_stream(recipe, recipe.data, verify, progress)
     else:
-        data = _load_blocks(recipe, recipe.data)
+        data = _load_blocks(recipe, recipe.data, verify, progress)
     return replace(data, collate=partial(_collate_known, collate=data.collate, data=data))
 
 
@@ -162,9 +163,9 @@ class _Blocks(BlockMixture):
         return self.uniform_length
 
 
-def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
+def _load_blocks(recipe: Recipe, section: DataSection, verify: bool, progress: bool) -> RunData:
     weights = section.mixture or {str(section.path): 1.0}
-    corpora = _load_corpora("mixture", weights)
+    corpora = _load_corpora("mixture", weights, verify, progress)
     first = corpora[0].manifest
     blocks = sum(len(corpus.train) for corpus in corpora)
     if recipe.training.batch_size > blocks:
@@ -189,8 +190,8 @@ def _load_blocks(recipe: Recipe, section: DataSection) -> RunData:
     )
 
 
-def _load_stream(recipe: Recipe, section: StreamSection) -> RunData:
-    corpora = _load_corpora("validation", section.validation)
+def _load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress: bool) -> RunData:
+    corpora = _load_corpora("validation", section.validation, verify, progress)
     manifest, tokenizer = corpora[0].manifest, corpora[0].tokenizer()
     sources = [resolve_source(name) for name in section.stream]
     check_different(sources)
@@ -226,9 +227,9 @@ def _load_stream(recipe: Recipe, section: StreamSection) -> RunData:
     )
 
 
-def _load_corpora(key: str, paths: Iterable[str]) -> list[PreparedData]:
+def _load_corpora(key: str, paths: Iterable[str], verify: bool, progress: bool) -> list[PreparedData]:
     """Prepared folders of one tokenizer and block size, which the recipe names in data.`key`."""
-    corpora = [load_prepared(path) for path in paths]
+    corpora = [load_prepared(path, verify, progress) for path in paths]
     for corpus in corpora[1:]:
         _check_alike(key, corpora[0], corpus)
     return corpora
