@@ -15,14 +15,13 @@ import statistics
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from clock import now
+from memory import peak_bytes
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.attention import attenuated_attention, rotary_angles
 from thoughtbubbles.budget import parse_budget
@@ -121,16 +120,7 @@ def attention_memory(streams: int, arguments: argparse.Namespace) -> int:
         log_score = (-torch.rand(1, streams, device=device)).requires_grad_()
         attenuated_attention(q, k, v, log_score, "paper").sum().backward()
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    results: Any = seen.profiler.kineto_results  # no public name has single allocations
-    changes = sorted((each.start_ns(), each.nbytes()) for each in results.events() if each.name() == "[memory]")
-    return int(max(accumulate(change for _, change in changes)))
+    return peak_bytes(work, arguments.device)
 
 
 if __name__ == "__main__":
