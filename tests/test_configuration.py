@@ -21,6 +21,7 @@ SIZES = (
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
+    "num_loops",
 )
 WRONG: list[tuple[tuple[str, ...], list[Any], str]] = [
     (SIZES, [0, -1, 2.0, True, "8"], "a whole number of at least 1"),
@@ -140,6 +141,13 @@ def test_vocabulary_too_small_for_its_special_tokens() -> None:
 
 def test_padding_with_token_minus_one_is_none() -> None:
     assert ThoughtbubblesConfig(pad_token_id=-1).pad_token_id is None
+
+
+@pytest.mark.parametrize("routing", ["causal", "copy", "random"])
+def test_loops_are_for_the_dense_model(routing: str) -> None:
+    with pytest.raises(ValueError, match=f"num_loops=2: expected 1, since routing is {routing}"):
+        ThoughtbubblesConfig(routing=routing, num_loops=2)
+    assert ThoughtbubblesConfig(routing="none", num_loops=2).depth == 32
 
 
 def test_no_fork_layers_is_allowed() -> None:

@@ -100,11 +100,14 @@ class ActivationBytes(_Amounts):
 
 
 def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> list[int]:
-    """Streams that each block computes for a row of `length` tokens: the static width N' of Design 3.1."""
+    """Streams that each block computes for a row of `length` tokens, as often as it is applied.
+
+    It is the static width N' of Design 3.1.
+    """
     kappa = config.exact_budget(budget)
     widths: list[int] = []
     width = length
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.depth):
         if layer in config.gated_layers:
             width = width_after_routing(config.admission_rule, width, length, kappa)
         elif layer in config.copied_layers:
@@ -114,9 +117,9 @@ def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | Non
 
 
 def dense_twin(config: ThoughtbubblesConfig) -> ThoughtbubblesConfig:
-    """The same shape without gates and forks: the control."""
+    """The same shape without gates and forks, its blocks applied once: the control."""
     twin = copy.deepcopy(config)
-    twin.routing = "none"
+    twin.routing, twin.num_loops = "none", 1
     return twin
 
 

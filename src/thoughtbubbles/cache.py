@@ -221,6 +221,7 @@ class StreamCache(Cache):
         """
         owner = (
             config.num_hidden_layers,
+            config.num_loops,
             config.hidden_size,
             config.num_attention_heads,
             config.gated_layers + config.copied_layers,
@@ -229,7 +230,7 @@ class StreamCache(Cache):
         )
         if self._owner is None:
             self._owner, self.budget = owner, budget
-            self.attention = [AttentionMemory() for _ in range(config.num_hidden_layers)]
+            self.attention = [AttentionMemory() for _ in range(config.depth)]
             memory = CreditMemory if config.admission_rule == "threshold" else ForkMemory
             self.forks = {layer: memory() for layer in config.gated_layers}
         if owner != self._owner:

@@ -49,6 +49,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             training sets), `topk` (the paper's, whole row) or `none` (dense); or a control that learns no choice:
             `random` and `uniform` (forks by a hash), `copy` (every token is `budget` streams) or `pause` (learned
             vectors follow every token).
+        num_loops: how often all blocks are applied, one after the other, with the same weights each time: extra
+            computation without extra parameters. 1 unless routing is `none`.
         random_rule: `causal` or `topk`: how `random` routes by its hash. Without effect otherwise.
         routing_seed: of the hash of `random` and `uniform`, from 0 to 2^32 - 1. Without effect otherwise.
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
@@ -85,6 +87,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     fork_layers: list[int] | None = None
     budget: Budget = 2.0
     routing: str = "causal"
+    num_loops: int = 1
     random_rule: str = "causal"
     routing_seed: int = 0
     copy_layer: int = 0
@@ -139,6 +142,11 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         return super().from_dict({**config_dict, **fields}, **kwargs)
+
+    @property
+    def depth(self) -> int:
+        """The blocks that a token passes: `num_hidden_layers`, `num_loops` times."""
+        return self.num_hidden_layers * self.num_loops
 
     @property
     def head_dim(self) -> int:
@@ -212,6 +220,9 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         ):
             if getattr(self, field) not in allowed:
                 raise _invalid(field, getattr(self, field), f"one of {', '.join(allowed)}")
+        _check_integers(self, "num_loops")
+        if self.num_loops > 1 and self.routing != "none":
+            raise _invalid("num_loops", self.num_loops, f"1, since routing is {self.routing}")
         for field in ("use_bias", "tie_word_embeddings"):
             if type(getattr(self, field)) is not bool:
                 raise _invalid(field, getattr(self, field), "True or False")

@@ -186,9 +186,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         )
 
     def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
-        """The streams entering each block, after its gate, and those leaving the last."""
+        """The streams entering each block, after its gate, as often as it is applied, and those leaving the last."""
         config, step = self.config, self.routing_step * self.training
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate([*self.layers] * config.num_loops):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
             # choose other survivors (Design 3.2).
             if index in config.gated_layers:

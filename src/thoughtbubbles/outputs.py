@@ -19,7 +19,8 @@ class ThoughtbubblesModelOutput(ModelOutput):
         last_hidden_state: [B, T, D] merged and normed; with the merge `probability`, which has no such vector,
             the normed roots.
         hidden_states: if asked for, L + 1 tensors [B, T, D]: the roots entering each block and leaving the last.
-        streams: if asked for, L + 1 `Streams`: entering each block, after its gate, and leaving the last.
+        streams: if asked for, L + 1 `Streams`: entering each block, after its gate, and leaving the last. Where blocks
+            are applied several times, L counts each time.
         final_streams: the streams leaving the last block.
         merge_is_weighted: whether the merge weighs them by p (Design 3.6).
         columns: where the real tokens stand; None without an attention mask.

@@ -24,6 +24,8 @@ def title(plan: Plan) -> str:
     """The model and what is planned, in words."""
     config = plan.config
     rules = "dense" if plan.config["routing"] == "none" else f"{config['routing']} routing, budget {plan.budget}"
+    if config["num_loops"] > 1:
+        rules += f", blocks applied {config['num_loops']} times"
     return (
         f"{plan.name}: {config['num_hidden_layers']} layers x {config['hidden_size']}, "
         f"{config['num_attention_heads']} heads, vocabulary {config['vocab_size']:,}; {rules}; "
@@ -38,19 +40,19 @@ def _devices(plan: Plan) -> str:
 
 def costs_table(plan: Plan) -> Table:
     """The costs of the model beside those of the dense one."""
-    forks = plan.config["routing"] != "none"
-    table = Table(box=None, pad_edge=False, show_header=forks, header_style="bold")
+    dense = plan.config["routing"] == "none" and plan.config["num_loops"] == 1
+    table = Table(box=None, pad_edge=False, show_header=not dense, header_style="bold")
     table.add_column("")
-    for heading in ("this model", "dense", "ratio")[: 3 if forks else 1]:
+    for heading in ("this model", "dense", "ratio")[: 1 if dense else 3]:
         table.add_column(heading, justify="right")
     for section, form, rows in _sections(plan):
         table.add_row("")
         table.add_row(section, style="bold")
         for name, cost in rows:
-            ours, dense = cost(plan.model), cost(plan.dense)
-            if ours or dense:
-                ratio = f"{ours / dense:.2f}" if dense else ""
-                table.add_row(f"  {name}", *(form(ours), form(dense) if dense else "-", ratio)[: 3 if forks else 1])
+            ours, theirs = cost(plan.model), cost(plan.dense)
+            if ours or theirs:
+                ratio = f"{ours / theirs:.2f}" if theirs else ""
+                table.add_row(f"  {name}", *(form(ours), form(theirs) if theirs else "-", ratio)[: 1 if dense else 3])
     return table
 
 

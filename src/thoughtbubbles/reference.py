@@ -51,7 +51,10 @@ class ReferenceFork:
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """The result of `reference_forward`; state l enters block l (after its gate and routing), L is last."""
+    """The result of `reference_forward`; state l enters block l (after its gate and routing), L is last.
+
+    Where blocks are applied several times, L counts each time.
+    """
 
     logits: Tensor  # [B, T, V]; zeros at padding columns
     loss: Tensor | None  # scalar: mean over targets; nan where there is none
@@ -403,14 +406,14 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
 def _row_forward(
     model: _Model, token_ids: list[int], given: Mapping[int, Sequence[int]] | None, weighted: bool
 ) -> tuple[list[Tensor], list[list[ReferenceStream]], dict[int, ReferenceFork]]:
-    """Run one row of n real tokens: n logits [V], the L + 1 states, the forks (Design 3.1)."""
+    """Run one row of n real tokens: n logits [V], the states around each of the L blocks, the forks (Design 3.1)."""
     embedding = model.parameters["model.embed_tokens.weight"]
     streams = [
         ReferenceStream(embedding[token_id], embedding.new_zeros(()), ordinal, True)
         for ordinal, token_id in enumerate(token_ids)
     ]
     states, forks = [], {}
-    for layer in range(model.config.num_hidden_layers):
+    for layer in [*range(model.config.num_hidden_layers)] * model.config.num_loops:
         if layer in model.fork_layers:
             streams, forks[layer] = _fork(model, layer, streams, None if given is None else given[layer])
         if layer in model.copies:

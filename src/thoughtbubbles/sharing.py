@@ -181,6 +181,8 @@ def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
         "longest row": f"{config.max_position_embeddings:,} tokens",
         "routing": ROUTINGS[config.routing],
     }
+    if config.num_loops > 1:
+        rows["blocks applied"] = f"{config.num_loops} times, with the same weights"
     if config.gated_layers:
         rows["fork layers"] = f"{', '.join(map(str, config.gated_layers))} (the first layer is 0)"
         rows["attenuation"] = config.attenuation

@@ -274,3 +274,12 @@ def test_a_trained_model_and_its_tokenizer(tiny_run: Path) -> None:
     trace = trace_bubbles(model, tokenizer, "the root of", budget=2)
     assert "".join(trace.tokens[1:]) == "the root of"
     assert trace.bubble_sizes().max() > 1
+
+
+def test_blocks_that_are_applied_twice_are_seen_twice() -> None:
+    model = tiny_model(routing="none", fork_layers=[], num_loops=2)
+    found = trace_bubbles(model, Letters(), "abc")
+    assert found.num_layers == 8
+    assert sorted(set(found.streams.layer.tolist())) == list(range(8))
+    first, second = (found.streams.to_self[found.streams.layer == layer] for layer in (0, 4))
+    assert not np.allclose(first, second)

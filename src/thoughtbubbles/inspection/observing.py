@@ -43,9 +43,9 @@ def observing(model: ThoughtbubblesForCausalLM) -> Iterator[Observation]:
     hooks = [
         gate.register_forward_pre_hook(partial(_note_gate, seen, int(name))) for name, gate in model.model.gates.items()
     ]
-    for layer, block in enumerate(model.model.layers):
+    for block in model.model.layers:
         assert isinstance(block.attention, nn.Module)
-        hooks.append(block.attention.register_forward_pre_hook(partial(_note_attention, seen, layer)))
+        hooks.append(block.attention.register_forward_pre_hook(partial(_note_attention, seen)))
     try:
         yield seen
     finally:
@@ -91,6 +91,7 @@ def _note_gate(seen: Observation, layer: int, gate: nn.Module, arguments: tuple[
     seen.gates[layer] = gate.candidate_scores(unscored).unflatten(1, (-1, 2))
 
 
-def _note_attention(seen: Observation, layer: int, attention: nn.Module, arguments: tuple[Any, ...]) -> None:
+def _note_attention(seen: Observation, attention: nn.Module, arguments: tuple[Any, ...]) -> None:
     assert isinstance(attention, StreamAttention)
-    seen.attention[layer] = attention_weights(attention, *arguments[:4]).mean(1)
+    # Blocks come in their order, each as often as it is applied.
+    seen.attention[len(seen.attention)] = attention_weights(attention, *arguments[:4]).mean(1)

@@ -60,7 +60,7 @@ class BubbleTrace:
         ids: T, their ids.
         routing: of the model; under `topk` an early token's streams depend on later tokens.
         budget: streams per token, as text.
-        num_layers: L.
+        num_layers: L; where blocks are applied several times, each time counts.
         fork_layers: the layers at whose input streams may be made.
         entropy: T, of the next-token distribution at each token, in nats.
         surprisal: T - 1, of the token that does come next, in nats; the last token has none.
@@ -195,7 +195,7 @@ def trace_bubbles(
         ids=ids,
         routing=model.config.routing,
         budget=str(kappa),
-        num_layers=model.config.num_hidden_layers,
+        num_layers=model.config.depth,
         fork_layers=fork_layers,
         entropy=entropy[0].tolist(),
         surprisal=surprisal[0].tolist(),
