@@ -88,7 +88,8 @@ def memorise(texts: Sequence[str], data: PreparedData) -> ThoughtbubblesForCausa
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for step in range(1000):
         if step % 20 == 0 and model(ids, attention_mask=mask, labels=endings).loss < KNOWN:
-            return model.eval()
+            model.eval()
+            return model
         model(ids, attention_mask=mask, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu.py, each a process of its own."""
