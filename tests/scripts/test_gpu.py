@@ -76,6 +76,8 @@ def setting_of(driver: ModuleType, output: Path, seconds: float) -> object:
 
 
 def test_items_that_fail_or_find_no_time_stop_no_other(driver: ModuleType, tmp_path: Path) -> None:
+    from gpu_parts.report import Report
+
     def fail() -> dict[str, object]:
         raise RuntimeError("no such kernel\nsecond line")
 
@@ -96,12 +98,14 @@ def test_items_that_fail_or_find_no_time_stop_no_other(driver: ModuleType, tmp_p
     report = driver.carry_out([*items[:1], item("broken", 0), *items[2:]], setting_of(driver, tmp_path, 200), path)
     assert calls == ["long", "broken", "off"]
     assert report.failed == {"off": "a is 2"}
-    assert driver.Report.read(path) == report
+    assert Report.read(path) == report
 
 
 def test_what_a_killed_part_was_at_comes_last(driver: ModuleType, tmp_path: Path) -> None:
+    from gpu_parts.report import Report
+
     path, calls = tmp_path / "part.json", []
-    driver.Report(running="hangs").write(path)
+    Report(running="hangs").write(path)
     items = [driver.Item(name, 0, lambda name=name: (calls.append(name), {})[1]) for name in ("hangs", "works")]
     driver.carry_out(items, setting_of(driver, tmp_path, 50), path)
     assert calls == ["works", "hangs"]
@@ -140,11 +144,8 @@ def test_packages_that_another_machine_lacks(tmp_path: Path) -> None:
     installed = tmp_path / "there.txt"
     there = sorted(everything - {"datasets", "dill", "multiprocess"})
     installed.write_text("# by pip\n" + "\n".join(there))
-    assert [each.partition("==")[0] for each in missing_packages(installed, "3.12")] == [
-        "datasets",
-        "dill",
-        "multiprocess",
-    ]
+    missing = [each.partition("==")[0] for each in missing_packages(installed, "3.12")]
+    assert missing == ["datasets", "dill", "multiprocess"]
     installed.write_text("\n".join([*there, "datasets==1.0", "dill", "multiprocess"]))  # too old
     assert [each.partition("==")[0] for each in missing_packages(installed, "3.12")] == ["datasets"]
 
