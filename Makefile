@@ -8,7 +8,7 @@ BOOKS ?= ../shared/data/books
 EVALS ?= ../shared/data/evals
 JOBS ?= 2
 
-.PHONY: help demo books compare-books evaluate-books test test-all lint bench clean
+.PHONY: help demo books compare-books evaluate-books test test-all lint bench gpu clean
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the tests with the long grids"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed, as JSON"
+	@echo "make gpu       what one GPU shows of correctness, speed and a small comparison, in ten minutes"
 	@echo "make clean     remove the environment"
 
 $(READY): pyproject.toml
@@ -76,6 +77,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/overheads.py
 	$(BIN)/python benchmarks/decoding.py
+
+gpu: $(READY)
+	test -e kit/kit.json || $(BIN)/python scripts/gpu_kit.py kit $(if $(DATA),--data $(DATA))
+	$(BIN)/python scripts/gpu.py --output runs/gpu --minutes 10
 
 clean:
 	rm -rf $(VENV)

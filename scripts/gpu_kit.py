@@ -42,7 +42,7 @@ def main() -> None:
     pack_references(options.kit, TOY if options.toy else None)
     data = toy_data(options.kit) if options.toy else options.data
     missing = missing_packages(options.installed, options.python)
-    facts = {"files": pack_data(data, options.kit), "packages": missing, "machine": describe_machine()}
+    facts = {"files": {} if data is None else pack_data(data, options.kit), "packages": missing, "machine": describe_machine()}
     if options.wheels is not None:
         download(missing, options.wheels, options.python)
     write_text(options.kit / KIT_NAME, json.dumps(facts, indent=1) + "\n")
@@ -56,8 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kit", type=Path, help="folder to pack into")
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--data", type=Path, help="folder that `thoughtbubbles prepare` wrote")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--data", type=Path, help="folder that `thoughtbubbles prepare` wrote; without it no comparison")
     given.add_argument("--toy", action="store_true", help="little of everything, on the source of this package")
     parser.add_argument("--installed", type=Path, help="what pip lists on the other machine, a package a line")
     parser.add_argument("--wheels", type=Path, help="folder to download the missing packages to")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -84,7 +85,11 @@ def test_items_that_fail_or_find_no_time_stop_no_other(driver: ModuleType, tmp_p
     calls: list[str] = []
 
     def item(name: str, seconds: float, **figures: object) -> object:
-        return driver.Item(name, seconds, lambda: (calls.append(name), figures)[1])
+        def work() -> dict[str, object]:
+            calls.append(name)
+            return figures
+
+        return driver.Item(name, seconds, work)
 
     path = tmp_path / "part.json"
     items = [item("long", 100), driver.Item("broken", 0, fail), item("off", 0, faults=["a is 2"]), item("good", 0, a=1)]
@@ -106,7 +111,12 @@ def test_what_a_killed_part_was_at_comes_last(driver: ModuleType, tmp_path: Path
 
     path, calls = tmp_path / "part.json", []
     Report(running="hangs").write(path)
-    items = [driver.Item(name, 0, lambda name=name: (calls.append(name), {})[1]) for name in ("hangs", "works")]
+
+    def work(name: str) -> dict[str, object]:
+        calls.append(name)
+        return {}
+
+    items = [driver.Item(name, 0, partial(work, name)) for name in ("hangs", "works")]
     driver.carry_out(items, setting_of(driver, tmp_path, 50), path)
     assert calls == ["works", "hangs"]
 
