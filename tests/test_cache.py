@@ -388,7 +388,7 @@ class TestBadInput:
             make()(torch.ones(3, 1, dtype=torch.int64), cache=self.cache(), past_key_values=self.cache())
 
     def test_another_implementation(self) -> None:
-        with pytest.raises(ValueError, match="cache_implementation='static': expected None"):
+        with pytest.raises(ValueError, match="cache_implementation='static': expected None or 'dynamic'"):
             make().generate(torch.ones(1, 3, dtype=torch.int64), cache_implementation="static", max_new_tokens=2)
 
     def test_mask_without_the_past(self) -> None:

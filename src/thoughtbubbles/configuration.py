@@ -64,6 +64,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         tie_word_embeddings: the unembedding is the embedding.
         bos_token_id, eos_token_id, pad_token_id: token ids of the vocabulary, or None. eos_token_id may be several.
             A pad_token_id of -1, which some configurations write for none, becomes None.
+        use_cache: what `forward` and `generate` do where they are not told; None is no and yes.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -99,6 +100,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    use_cache: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_integers(
@@ -226,6 +228,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         for field in ("use_bias", "tie_word_embeddings"):
             if type(getattr(self, field)) is not bool:
                 raise _invalid(field, getattr(self, field), "True or False")
+        if self.use_cache is not None and type(self.use_cache) is not bool:
+            raise _invalid("use_cache", self.use_cache, "True, False or None")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
 

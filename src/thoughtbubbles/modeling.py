@@ -23,7 +23,7 @@ from .cache import AttentionMemory, Placement, StreamCache, one_cache
 from .columns import ColumnMap
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
-from .decoding import StreamGenerationMixin, refuse_unknown
+from .decoding import StreamGenerationMixin, check_position_ids, refuse_unknown
 from .gate import ForkGate
 from .loss import (
     IGNORE_INDEX,
@@ -149,27 +149,32 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (Design 3.7). With
                 a filled cache [B, past + T].
             cache: to go on from and to add to (Design 3.8); an empty one to begin with.
-            use_cache: whether to make and return a cache where none is given; None is no.
+            use_cache: whether to make and return a cache where none is given; None is what the configuration says in
+                its `use_cache`, and no where it says nothing.
             budget: streams per token, in place of the configured budget (Design 3.9).
             output_hidden_states: also return the roots at every layer.
             output_streams: also return the streams at every layer.
             past_key_values: another name of `cache`, that of transformers before 5.24.
+            kwargs: `position_ids`, which must be what they would be anyway (`check_position_ids`); nothing else.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, a row longer than
                 `max_position_embeddings`, a mask of another shape, a bad budget, an argument without effect, or a
                 cache of another class, model, budget or batch, or together with gradient checkpointing.
         """
-        refuse_unknown(kwargs)
+        position_ids = kwargs.pop("position_ids", None)
+        refuse_unknown({"output_attentions": self.config.output_attentions, **kwargs})
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
         cache = one_cache(cache, past_key_values)
-        cache = StreamCache() if use_cache and cache is None else cache
+        cache = StreamCache() if cache is None and self._wants_cache(use_cache) else cache
         given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -given.shape[1] :]
         columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask)
         offset = self._open_cache(cache, kappa, given, columns)
+        if offset is None:
+            check_position_ids(position_ids, columns, given)
         trail: list[Streams] = []
         for streams in self._layers(self._embed(given, columns, offset), kappa, cache):
             if want_hidden or output_streams:
@@ -188,7 +193,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
     def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
         """The streams entering each block, after its gate, as often as it is applied, and those leaving the last."""
         config, step = self.config, self.routing_step * self.training
-        for index, block in enumerate([*self.layers] * config.num_loops):
+        # Assisted decoding by an early exit lowers the number of layers for a while.
+        blocks = [*self.layers[: config.num_hidden_layers]]
+        for index, block in enumerate(blocks * config.num_loops):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
             # choose other survivors (Design 3.2).
             if index in config.gated_layers:
@@ -203,6 +210,12 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             attenuation = self._attenuation(streams, index)
             streams = streams.with_residual(block(streams.residual, cos, sin, *attenuation, memory, placement))
         yield streams
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        """Whether to make a cache; the configuration's wish gives way to gradient checkpointing."""
+        if use_cache is None and not (self.training and self.gradient_checkpointing):
+            use_cache = self.config.use_cache
+        return bool(use_cache)
 
     def _open_cache(
         self, cache: StreamCache | None, kappa: Fraction, given: Tensor, columns: ColumnMap | None
@@ -243,7 +256,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         if attention_mask is not None and attention_mask.shape != (len(given), length):
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)}: expected {(len(given), length)}, "
-                "that of the input and of what a cache holds"
+                "that of the input and of what a cache holds; who attends to whom is not for a mask to say"
             )
         return given
 
@@ -331,6 +344,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
                 `logits_to_keep`, or `return_logits=False` without labels.
             RuntimeError: for labels that are neither -100 nor ids of the vocabulary (-1 is no "ignore").
         """
+        position_ids = kwargs.pop("position_ids", None)
         refuse_unknown(kwargs)
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not keeps_all:
@@ -346,6 +360,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             budget=budget,
             output_hidden_states=output_hidden_states,
             output_streams=output_streams,
+            position_ids=position_ids,
         )
         loss, targets = None, None if labels is None else next_token_targets(labels, out.columns)
         if targets is not None:

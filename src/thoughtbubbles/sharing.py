@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .accounting import count_parameters
@@ -88,6 +89,10 @@ class SharedModel(PreTrainedModel):
                 write_model_card(folder, self.config)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
+    def _get_name(self) -> str:
+        """The class's name, as a Trainer knows it: without what `fully_shard` puts in front."""
+        return str(super()._get_name()).removeprefix("FSDP")
+
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
     ) -> Any:
@@ -116,8 +121,10 @@ class SharedModel(PreTrainedModel):
 def register_models(base: type[PreTrainedModel], causal_lm: type[PreTrainedModel]) -> None:
     """Make the models known to the Auto classes of transformers.
 
-    A copy that came with someone's weights registers nothing: it would serve every later folder too, unasked.
+    A copy that came with someone's weights registers no class: it would serve every later folder too, unasked. The
+    name alone serves nothing; by it a Trainer knows that labels want shifting, and a pipeline that the model writes.
     """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ThoughtbubblesConfig.model_type] = causal_lm.__name__
     if __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
         return
     AutoConfig.register(ThoughtbubblesConfig.model_type, ThoughtbubblesConfig, exist_ok=True)
