@@ -75,6 +75,8 @@ def test_generation_leaves_room_in_the_longest_row() -> None:
     shown = exhibit(max_position_embeddings=10)
     ids, message = shown.prompt("abcdefghijklmno", 4)
     assert (len(ids), message) == (6, "The text is too long: only its first 6 tokens are taken.")
+    ids_of_half, message = shown.prompt("abc", 100)
+    assert (len(ids_of_half), message) == (4, "The model's longest row ends after 6 new tokens.")
     assert len(shown.prompt("abcdefghijklmno", 100)[0]) == 5
     pieces, sizes = list(shown.generate(ids, 2, 100))[-1]
     assert len(pieces) == len(sizes) <= 10

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import random
 import runpy
 import shutil
@@ -169,6 +170,17 @@ def test_no_result_depends_on_the_batch(tmp_path: Path, files: Path, tiny_data: 
             assert first.leaks == (routing == "topk" and not generated)
     table = write_report(folders[0])
     assert ("leaks: with routing `topk`" in table) == (routing == "topk")
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "blimp", "lambada", "piqa", "wikitext"])
+def test_texts_longer_than_the_row_are_cut_on_the_left_and_counted(
+    tmp_path: Path, files: Path, tiny_data: PreparedData, task: str
+) -> None:
+    model = save(make_model(tiny_data, max_position_embeddings=8), tiny_data, tmp_path / "model")
+    folder = evaluate(str(model), tmp_path / "out", options(task, files, limit=2), progress=False)
+    (record,) = folder.records([task])
+    assert record.truncated > 0 or task == "wikitext"  # which is read in windows
+    assert all(math.isfinite(value) for metric in record.metrics for value in metric.values)
 
 
 def test_cache_on_and_off_give_the_same(tmp_path: Path, files: Path, causal: Path) -> None:

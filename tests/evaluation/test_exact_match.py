@@ -141,6 +141,23 @@ def test_answers_are_the_argmax_of_each_prefix_in_any_batch(memorised: Path, bud
         assert [answer.written for answer in answers] == expected
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_answers_stop_at_the_rows_end_in_any_batch(
+    memorised: Path, batch_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*ROWS[:2], ("1+" * 10 + "1=", "11", 9), ("1+" * 9 + "1=", "10", 9), ("2+" * 9 + "2=", "20", 9)]
+    model = ThoughtbubblesForCausalLM.from_pretrained(memorised)
+    alone = answer_questions(model, TOKENIZER, batches(rows, batch_size=1), Fraction(1))
+    found = measure_exact_match(str(memorised), questions(rows), "rows", [Fraction(1)], batch_size)
+    assert [(each.written, each.question.prompt) for each in found.answers] == [
+        (each.written, each.question.prompt) for each in alone
+    ]
+    assert not any(each.cut for each in found.answers[:2])
+    assert found.answers[2].cut  # a prompt of 23 tokens leaves room for one
+    said = [line for line in capsys.readouterr().err.splitlines() if "longest row" in line]
+    assert said == [f"{found.to_dict()['cut']} answers were cut at the end of the longest row: 24 tokens"]
+
+
 def test_an_answer_without_an_end_is_wrong() -> None:
     model = ThoughtbubblesForCausalLM(config()).eval()
     model.lm_head.register_forward_hook(
@@ -229,7 +246,7 @@ def test_the_command_writes_what_it_found(tmp_path: Path, memorised: Path, monke
         (("1/2=", "3", 1), "row 2: '1/2=3': expected words of the model's tokenizer alone"),
         (
             ("1+" * 11 + "1=", "12", 1),
-            "row 2: 27 tokens with the longest answer: expected at most 24, the model's longest row",
+            "row 2: prompt of 25 tokens: expected at most 23, since the model's longest row has 24",
         ),
     ],
 )

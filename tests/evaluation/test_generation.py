@@ -40,6 +40,14 @@ def test_sampling_repeats_for_a_seed_and_stops_at_the_longest_row(model, tokeniz
     assert all(len(each.ids) <= model.config.max_position_embeddings for each in made)
 
 
+def test_the_rows_end_is_said(model, tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    made = generate_text(model, tokenizer, "the", 1000, Sampling(temperature=0))
+    ended = made.ids[-1] == tokenizer.eos_token_id
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if ended else ["stopped at the end of the longest row: 16 tokens (max_position_embeddings)"])
+    assert ended or len(made.ids) == 16
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.5, top_k=1), Sampling(1.5, top_p=1e-6), Sampling(1.5, min_p=1.0)])
 def test_narrow_sampling_is_greedy(model, tokenizer, sampling: Sampling) -> None:
     assert (

@@ -18,7 +18,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation import harness
-from thoughtbubbles.evaluation.harness import adapter
+from thoughtbubbles.evaluation.harness import adapter, cut_left
 
 ROUTINGS = ("causal", "topk", "none", "copy")
 
@@ -165,8 +165,38 @@ def test_long_texts_are_cut_and_counted(tiny_data: PreparedData) -> None:
     assert lm.truncated == 1
     generate(lm, [long, "the root"])
     assert lm.truncated == 2
-    with pytest.raises(InputError, match=r"text of \d+ tokens to score: expected at most 64, the model's longest row"):
-        lm.loglikelihood(instances("loglikelihood", [("the", long)]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("context", ["the", "", "the root of the gate"])
+def test_only_the_end_of_a_text_longer_than_the_row_is_scored(tiny_data: PreparedData, context: str) -> None:
+    model = make_model(tiny_data)
+    lm, long = wrap(model, tiny_data), " ".join(lines(12))
+    ids = torch.tensor([lm.tok_encode(f"{context}{long}")[-65:]])
+    assert ids.shape == (1, 65)
+    expected = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum().item()
+    asked = [(context, long), (context, " root"), ("a", " b")]
+    scores = [score for score, _ in lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)]
+    assert scores[0] == pytest.approx(expected, abs=1e-3)
+    assert lm.truncated == 1
+    alone = wrap(model, tiny_data).loglikelihood(instances("loglikelihood", asked[1:]), disable_tqdm=True)
+    assert scores[1:] == pytest.approx([score for score, _ in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [
+        ([1, 2, 3], [4, 5], ([1, 2, 3], [4, 5])),
+        ([1, 2, 3, 4], [5, 6], ([2, 3, 4], [5, 6])),
+        ([1, 2], [3, 4, 5, 6], ([2], [3, 4, 5, 6])),
+        ([1], [2, 3, 4, 5, 6], ([2], [3, 4, 5, 6])),
+        ([1], [2], ([1], [2])),
+    ],
+    ids=str,
+)
+def test_what_fits_a_row_of_four(
+    context: list[int], continuation: list[int], expected: tuple[list[int], list[int]]
+) -> None:
+    assert cut_left(context, continuation, 4) == expected
 
 
 def test_the_class_has_a_name_in_the_harness() -> None:

@@ -70,7 +70,7 @@ class Exhibit:
         return [(self._piece(i), with_forks[i].item(), None if without is None else without[i].item()) for i in best]
 
     def prompt(self, text: str, count: int) -> tuple[list[int], str]:
-        """The ids of a text to go on with by `count` tokens, and a message if it is too long and is cut; "" if not.
+        """The ids of a text to go on with by `count` tokens, and a message if it or they are cut; "" if not.
 
         Half of the longest row is the text's, whatever the count.
 
@@ -78,7 +78,10 @@ class Exhibit:
             InputError: for a text without a token.
         """
         longest = self.model.config.max_position_embeddings
-        return self._read(text, min(self.most_tokens, max(longest - count, longest // 2, 1)))
+        ids, message = self._read(text, min(self.most_tokens, max(longest - count, longest // 2, 1)))
+        if count > (room := longest - len(ids)):
+            message = f"{message} The model's longest row ends after {room} new tokens.".strip()
+        return ids, message
 
     def generate(
         self, ids: list[int], budget: Budget, count: int, seed: int = 0

@@ -1,6 +1,6 @@
 """Questions with known answers, and what a model answers: greedily, with the cache, many at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from thoughtbubbles.data.hub import missing_field
 from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.data.tokenizer import Encoder
 from thoughtbubbles.errors import InputError
+from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.evaluation.generation import start_document
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.options import WORDS
@@ -36,6 +37,10 @@ class Question:
     difficulty: int
 
 
+# A question and the token ids of its prompt.
+Asked = tuple[Question, list[int]]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model wrote.
@@ -44,11 +49,13 @@ class Answer:
         budget: streams per token, as text.
         question: asked.
         written: the text up to the end of text; where that did not come, None.
+        cut: whether that was because the model's longest row ended first.
     """
 
     budget: str
     question: Question
     written: str | None
+    cut: bool = False
 
     @property
     def right(self) -> bool:
@@ -94,12 +101,14 @@ class Batch:
     Attributes:
         questions: B of them.
         prompts: token ids of each, the token that starts documents in front.
-        new_tokens: to write at most: those of the longest answer of all and the end of text.
+        new_tokens: to write at most: those of the longest answer of all and the end of text, or what fits the row.
+        is_cut: whether that is less.
     """
 
     questions: Sequence[Question]
     prompts: Sequence[Sequence[int]]
     new_tokens: int
+    is_cut: bool
 
     @property
     def width(self) -> int:
@@ -129,24 +138,41 @@ def make_batches(
         batch_size: questions of a batch.
 
     Raises:
-        InputError: a question that the vocabulary lacks words for, or that does not fit the longest row.
+        InputError: a question that the vocabulary lacks words for, or that leaves no room in the longest row.
     """
     prompts, answers = _encode(tokenizer, questions, source)
     # Of all questions, so that what is written does not depend on the batch.
     new_tokens = max(map(len, answers)) + 1
     asked = sorted(zip(questions, prompts, strict=True), key=lambda pair: len(pair[1]))
-    batches = []
-    for start in range(0, len(asked), batch_size):
-        some, tokens = zip(*asked[start : start + batch_size], strict=True)
-        batch = Batch(some, tokens, new_tokens)
-        # The last token that is written is not read.
-        if (length := batch.width + new_tokens - 1) > longest:
-            raise InputError(
-                f"{source}, row {some[-1].row}: {length} tokens with the longest answer: expected at most {longest}, "
-                "the model's longest row"
-            )
-        batches.append(batch)
-    return batches
+    question, prompt = asked[-1]
+    if len(prompt) >= longest:
+        raise InputError(
+            f"{source}, row {question.row}: prompt of {len(prompt)} tokens: expected at most {longest - 1}, since the "
+            f"model's longest row has {longest}"
+        )
+    return [_batch(some, new_tokens, longest) for some in _lots(asked, longest - new_tokens, batch_size)]
+
+
+def _lots(asked: Sequence[Asked], most: int, size: int) -> Iterator[Sequence[Asked]]:
+    """Questions in ascending order of length, `size` at a time.
+
+    Prompts of more than `most` tokens, whose answers the row may cut, stand with those of their own length alone: what
+    is written does not depend on the batch.
+    """
+    start = 0
+    for end in range(1, len(asked) + 1):
+        if end < len(asked) and end - start < size:
+            first, following = len(asked[start][1]), len(asked[end][1])
+            if following <= most or following == first:
+                continue
+        yield asked[start:end]
+        start = end
+
+
+def _batch(asked: Sequence[Asked], new_tokens: int, longest: int) -> Batch:
+    questions, prompts = zip(*asked, strict=True)
+    room = longest - max(map(len, prompts))
+    return Batch(questions, prompts, min(new_tokens, room), room < new_tokens)
 
 
 def _encode(
@@ -199,10 +225,11 @@ def answer_questions(
             eos_token_id=end,
             pad_token_id=end,
             budget=budget,
+            logits_processor=finite_logits(),
         )
         for question, row in zip(batch.questions, out[:, batch.width :].tolist(), strict=True):
             written = str(tokenizer.decode(row[: row.index(end)])) if end in row else None
-            answers.append(Answer(budget_text(budget), question, written))
+            answers.append(Answer(budget_text(budget), question, written, batch.is_cut and written is None))
         if on_progress is not None:
             on_progress(len(batch.questions))
     return sorted(answers, key=lambda answer: answer.question.row)

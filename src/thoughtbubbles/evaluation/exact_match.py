@@ -19,7 +19,7 @@ from thoughtbubbles.files import write_text
 from thoughtbubbles.folders import Marks
 from thoughtbubbles.loading import load_config, load_model, load_tokenizer
 from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.progress import stage
+from thoughtbubbles.progress import say, stage
 
 RESULT_NAME, ANSWERS_NAME, PLOT_NAME = "exact_match.json", "answers.jsonl", "exact_match.png"
 # What says that a folder is one of an earlier measurement.
@@ -82,11 +82,12 @@ class ExactMatch:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, with the commit, the machine and versions."""
+        """As JSON has it, with how many answers the row's end cut, the commit, the machine and versions."""
         return {
             "model": self.model,
             "source": self.source,
             "routing": self.routing,
+            "cut": sum(answer.cut for answer in self.answers),
             "scores": [asdict(score) for score in self.scores()],
             "made_with": describe_machine(self.device),
         }
@@ -163,4 +164,8 @@ def measure_exact_match(
         for budget in chosen:
             answers += answer_questions(loaded, tokenizer, batches, budget, note)
         bar.show("questions")
+    if cut := sum(answer.cut for answer in answers):
+        say(
+            f"{cut:,} answers were cut at the end of the longest row: {config.max_position_embeddings} tokens", progress
+        )
     return ExactMatch(model, source, config.routing, loaded.device.type, answers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thoughtbubbles.budget import Budget
+from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 
 if TYPE_CHECKING:
@@ -87,13 +88,14 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> Generation:
-    """Continue a prompt up to the end of the document or of the longest row that the model takes.
+    """Continue a prompt up to the end of the document or, with a warning, of the longest row that the model takes.
 
     A document of the training data starts with its separator, so that a prompt gets one in front too.
 
     Raises:
         ValueError: for a prompt that leaves no room, an empty one where the tokenizer has no token to start with, or a
             bad budget.
+        InputError: for a model whose logits are not finite.
     """
     generator: Any = model  # transformers types `generate` for its own classes
     model.config.exact_budget(budget)
@@ -108,10 +110,11 @@ def generate_text(
     out = generator.generate(
         row,
         attention_mask=torch.ones_like(row),
-        max_new_tokens=min(max_new_tokens, longest - len(ids)),
+        max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         budget=budget,
         streamer=streamer,
+        logits_processor=finite_logits(),
         **(sampling or Sampling()).arguments(),
     )
     produced: list[int] = out[0].tolist()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError, one_line
+from thoughtbubbles.evaluation.finite import check_finite, finite_logits
 from thoughtbubbles.loading import find_model
 
 if TYPE_CHECKING:
@@ -86,18 +87,19 @@ def adapter() -> "type[HFLM]":
             disable_tqdm: bool = False,
             override_bs: int | None = None,
         ) -> list[tuple[float, bool]]:
-            """Log-likelihoods of continuations, of requests (key, context ids, continuation ids)."""
-            self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=None)
-            if (self._longest_continuation or 0) > self.max_length:
-                raise InputError(
-                    f"text of {self._longest_continuation} tokens to score: expected at most {self.max_length}, the "
-                    "model's longest row"
-                )
+            """Log-likelihoods of continuations, of requests (key, context ids, continuation ids).
+
+            Raises:
+                InputError: for one that is not finite.
+            """
             self.truncated += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
-            raised = [(key, _raise(context), _raise(continuation)) for key, context, continuation in requests]
+            fitting = [(key, *cut_left(context, text, self.max_length)) for key, context, text in requests]
+            self._longest_continuation = max((len(continuation) for _, _, continuation in fitting), default=None)
+            raised = [(key, _raise(context), _raise(continuation)) for key, context, continuation in fitting]
             # Rolling scores come batch by batch, and a bar for each would be too many.
             silent = disable_tqdm or override_bs is not None
             scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(raised, silent, override_bs)
+            check_finite(torch.tensor([score for score, _ in scores]), "log-likelihoods")
             return scores
 
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -137,11 +139,22 @@ def adapter() -> "type[HFLM]":
                     pad_token_id=self.tokenizer.pad_token_id,
                     use_cache=self.use_cache,
                     budget=self.budget,
+                    logits_processor=finite_logits(),
                     **settings,
                 )
             return out
 
     return ThoughtbubblesLM
+
+
+def cut_left(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:
+    """What fits a row of `longest` tokens of a context and a continuation to score, whose last token is not read.
+
+    Cut is on the left, a continuation too long for a row by itself as well: then only its end is scored.
+    """
+    scored = min(len(continuation), longest)
+    row = (context + continuation)[-(longest + 1) :]
+    return row[:-scored], row[-scored:]
 
 
 def _raise(ids: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError
+from thoughtbubbles.evaluation.finite import check_finite
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def evaluate_perplexity(
 
     Raises:
         ValueError: for an unknown mode or rule, blocks of fewer than two tokens, or a bad budget.
+        InputError: for a model whose losses are not finite.
     """
     losses = token_losses(model, blocks, mode, budget, budget_rule, batch_size, on_progress=on_progress)
     per_block = losses.double().mean(1)
@@ -156,6 +158,7 @@ def token_losses(
 
     Raises:
         ValueError: as `evaluate_perplexity`, and for positions that no block has.
+        InputError: as `evaluate_perplexity`.
     """
     check_options(mode, budget_rule)
     if blocks.dim() != 2 or blocks.shape[0] == 0 or blocks.shape[1] < 2:
@@ -176,7 +179,9 @@ def token_losses(
                 on_progress(losses.numel())
         rows.append(torch.cat(parts, dim=1))
     model.train(was_training)
-    return torch.cat(rows)
+    losses = torch.cat(rows)
+    check_finite(losses, f"{mode} losses")
+    return losses
 
 
 def _per(nats: float, units: int | None) -> float | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thoughtbubbles.evaluation.finite import check_finite
 from thoughtbubbles.progress import stage
 
 if TYPE_CHECKING:
@@ -58,13 +59,15 @@ def measure(
     return []
 
 
-def last_words(lm: "HFLM", passages: Sequence[str], progress: bool = False) -> list[float]:
+def last_words(lm: Any, passages: Sequence[str], progress: bool = False) -> list[float]:
     """The authors' LAMBADA: 1 where the last word of a passage is predicted, else 0.
 
     One forward over the passage; the likeliest token at each position, decoded together; right if the last
     space-separated word of that text is the passage's.
     """
-    rows = [lm.tok_encode(passage)[-lm.max_length :] for passage in passages]
+    whole = [lm.tok_encode(passage) for passage in passages]
+    lm.truncated += sum(len(row) > lm.max_length for row in whole)
+    rows = [row[-lm.max_length :] for row in whole]
     right = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     with stage("authors' lambada", len(rows), progress) as bar:
@@ -84,7 +87,9 @@ def _likeliest(lm: Any, rows: Sequence[list[int]]) -> list[list[int]]:
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=lm.device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=lm.device)
-    best = model(ids, attention_mask=mask, budget=lm.budget).logits.argmax(-1).tolist()
+    logits = model(ids, attention_mask=mask, budget=lm.budget).logits
+    check_finite(logits[mask > 0], "logits")
+    best = logits.argmax(-1).tolist()
     return [tokens[: len(row) - 1] for tokens, row in zip(best, rows, strict=True)]
 
 
@@ -146,7 +151,11 @@ def _mean_losses(lm: Any, pairs: Sequence[Pair], known: Known) -> list[float]:
         requests.append(((prefix, text), context, continuation))
     missing = [request for request in requests if not request[0][0] or request[0] not in known]
     found = {request[0]: score for request, (score, _) in zip(missing, lm._loglikelihood_tokens(missing), strict=True)}
-    return [-(found[pair] if pair in found else known[pair]) / len(tokens) for pair, _, tokens in requests]
+    # Of a text longer than the row only the end is scored.
+    return [
+        -(found[pair] if pair in found else known[pair]) / min(len(tokens), lm.max_length)
+        for pair, _, tokens in requests
+    ]
 
 
 def gold_likelihoods(lm: "HFLM", documents: Sequence[Document], preface: str = "") -> list[Measure]:

@@ -181,6 +181,7 @@ class BubbleTrainer(Trainer):
 
         Raises:
             RunInterrupted: if a signal asks to stop.
+            RunError: for a loss that is not finite.
         """
         own = {name: self._mean_loss(each, rows, None) for name, each in self.data.validation.items()}
         loss = self._weigh(own)
@@ -215,6 +216,10 @@ class BubbleTrainer(Trainer):
         model.train(was_training)
         release(model)
         total, targets = self.accelerator.reduce(sums, "sum").tolist()
+        if not math.isfinite(total):
+            raise RunError(
+                f"evaluation after step {self.state.global_step}: the loss is {total}, expected a finite number"
+            )
         return total / targets if targets else math.nan
 
     def _eval_batches(self, validation: Rows, rows: int | None) -> Iterator[Batch]:

@@ -1,0 +1,87 @@
+"""An evaluation that meets numbers that are not finite fails and says so."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluation.benchmark_files import write_benchmarks
+from tests.evaluation.test_harness import make_model, wrap
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.errors import InputError, RunError
+from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
+from thoughtbubbles.evaluation.benchmarks import parse_tasks
+from thoughtbubbles.evaluation.evaluate import Options, evaluate
+from thoughtbubbles.evaluation.generation import generate_text
+from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
+from thoughtbubbles.evaluation.protocols import last_words
+from thoughtbubbles.loading import load_model, load_tokenizer
+from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.training.run import train
+
+NOT_FINITE = "numbers of the model are not finite"
+
+
+def spoilt(model: ThoughtbubblesForCausalLM, value: float) -> ThoughtbubblesForCausalLM:
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 2] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", ["blockwise", "prefix"])
+def test_perplexity(tiny_run: Path, tiny_data: PreparedData, mode: str, value: float) -> None:
+    model = spoilt(load_model(tiny_run, "cpu"), value)
+    with pytest.raises(InputError, match=rf"{mode} losses: .* {NOT_FINITE}"):
+        evaluate_perplexity(model, tiny_data.validation[:2]["input_ids"], mode=mode)
+
+
+def test_generation_and_exact_match(tiny_run: Path) -> None:
+    model, tokenizer = spoilt(load_model(tiny_run, "cpu"), math.nan), load_tokenizer(tiny_run)
+    with pytest.raises(InputError, match=NOT_FINITE):
+        generate_text(model, tokenizer, "the", 4)
+    batches = make_batches(tokenizer, [Question(1, "the", " of", 1)], "rows", 16)
+    with pytest.raises(InputError, match=NOT_FINITE):
+        answer_questions(model, tokenizer, batches, Fraction(1))
+
+
+@pytest.mark.parametrize("task", ["lambada", "gsm8k", "piqa", "wikitext"])
+def test_benchmarks(tmp_path: Path, tiny_data: PreparedData, task: str) -> None:
+    spoilt(make_model(tiny_data), math.nan).save_pretrained(tmp_path / "model")
+    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    options = Options(parse_tasks(task), write_benchmarks(tmp_path / "data"), limit=2)
+    with pytest.raises(InputError, match=NOT_FINITE):
+        evaluate(str(tmp_path / "model"), tmp_path / "out", options, progress=False)
+    assert not list((tmp_path / "out").rglob(f"{task}*.json"))
+
+
+def test_the_authors_lambada(tiny_data: PreparedData) -> None:
+    lm = wrap(spoilt(make_model(tiny_data), math.nan), tiny_data)
+    with pytest.raises(InputError, match=rf"logits: .* {NOT_FINITE}"):
+        last_words(lm, ["the root of gate"])
+
+
+@pytest.fixture
+def spoil_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward: Callable[..., Any] = ThoughtbubblesForCausalLM.forward
+
+    def spoil(self: ThoughtbubblesForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        if not self.training:
+            out.loss = out.loss * math.nan
+        return out
+
+    monkeypatch.setattr(ThoughtbubblesForCausalLM, "forward", spoil)
+
+
+@pytest.mark.usefixtures("spoil_evaluations")
+def test_the_evaluations_of_a_run(tiny_run: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_run / "recipe.yaml", [f"training.output={tmp_path}/run", "training.compile=none"])
+    with pytest.raises(RunError, match="evaluation after step 4: the loss is nan, expected a finite number"):
+        train(recipe, progress=False)
+    assert not (tmp_path / "run" / "summary.json").exists()
