@@ -28,7 +28,7 @@ CODE = {
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
         "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding", "columns", "threshold", "weights", "wide"),
+        *("accounting", "controls", "sharing", "decoding", "columns", "mixture", "threshold", "weights", "wide"),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -274,14 +274,54 @@ def test_card_says_what_the_model_is(model: ThoughtbubblesForCausalLM, folder: P
     assert "## Training" not in card.text
 
 
-def test_code_of_the_card_runs(model: ThoughtbubblesForCausalLM, folder: Path) -> None:
-    write_model_card(folder, model.config, name=str(folder))
+def blocks_of(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card_of(folder).text, re.DOTALL)
+
+
+@pytest.mark.parametrize("place", [".", "my-model", "other/my-model"])
+def test_code_of_the_card_runs(
+    model: ThoughtbubblesForCausalLM, folder: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked for trust"))
+    (folder.parent / "other").symlink_to(folder.parent, target_is_directory=True)
+    monkeypatch.chdir(folder if place == "." else folder.parent)
+    if place != ".":
+        write_model_card(folder, model.config, name=place)
+    installed, _, budget = blocks_of(folder)
     namespace: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", card_of(folder).text, re.DOTALL)
-    assert len(blocks) == 3
-    for code in blocks:
+    for code in (installed, budget):
         exec(compile(code, CARD_NAME, "exec"), namespace)
     assert type(namespace["model"]) is ThoughtbubblesForCausalLM
+    assert namespace["tokenizer"].get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_code_of_a_runs_card_runs(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_run / "model")
+    installed, _, budget = blocks_of(tiny_run / "model")
+    # The rows of this run have no room for the card's prompt.
+    code = f"{installed}\n{budget}".replace("Once upon a time", "the")
+    namespace: dict[str, Any] = {}
+    exec(compile(code, CARD_NAME, "exec"), namespace)
+    assert namespace["tokenizer"].model_max_length == namespace["model"].config.max_position_embeddings == 16
+
+
+@pytest.mark.parametrize("place", [".", "my-model"])
+def test_code_of_the_card_runs_where_the_package_is_not_installed(folder: Path, tmp_path: Path, place: str) -> None:
+    if place != ".":
+        write_model_card(folder, tiny_config(budget=1.5), name=place)
+    _, remote, budget = blocks_of(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{HIDE_THE_PACKAGE}\n{remote}\n{budget}\nprint(type(model).__module__)"],
+        cwd=folder if place == "." else folder.parent,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("transformers_modules.")
 
 
 def test_card_of_topk_warns(tmp_path: Path) -> None:
@@ -322,6 +362,14 @@ def test_a_card_that_is_there_is_kept(folder: Path, model: ThoughtbubblesForCaus
     (folder / CARD_NAME).write_bytes(b"mine, and not UTF-8: \xff")
     model.save_pretrained(folder)
     assert (folder / CARD_NAME).read_bytes() == b"mine, and not UTF-8: \xff"
+
+
+def test_what_pads_is_named_where_a_text_can_end(tmp_path: Path) -> None:
+    for ends, expected in ((None, None), (1, 1), ([2, 1], 2)):
+        tiny_model(eos_token_id=ends).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "generation_config.json").read_text()).get("pad_token_id") == expected
+    tiny_model(eos_token_id=1, pad_token_id=4).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 4
 
 
 def test_writing_a_card_replaces_the_one_that_is_there(folder: Path) -> None:

@@ -118,12 +118,13 @@ def _lacks_tokenizer(name: str) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer saved beside a model.
+    """The tokenizer saved beside a model, without its limit: texts too long are minded where they are read.
 
     Raises:
         InputError: as `find_model`, or where there is none.
     """
     from transformers import AutoTokenizer
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     # Registers the configuration: of one that it does not know transformers asks whether to run the folder's own code.
     import thoughtbubbles.modeling  # noqa: F401
@@ -132,6 +133,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     if _lacks_tokenizer(name):
         raise InputError(f"model {name}: expected tokenizer.json beside it")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the libraries raise anything
         raise _unusable(name, error) from error
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    return tokenizer

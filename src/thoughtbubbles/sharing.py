@@ -81,6 +81,7 @@ class SharedModel(PreTrainedModel):
         if is_main_process and not folder.is_file() and not self._stores_adapters_alone():
             # Not left to transformers: under FSDP it would take the wrapping class's file and name for the model's.
             self.config.auto_map = dict(AUTO_MAP)
+            self._complete_generation()
             folder.mkdir(parents=True, exist_ok=True)
             copy_code(folder)
             card = folder / CARD_NAME
@@ -88,6 +89,13 @@ class SharedModel(PreTrainedModel):
             if self._card_of_folder is None:
                 write_model_card(folder, self.config)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _complete_generation(self) -> None:
+        """Name the token that pads, the end of text where there is none, so that `generate` needs no arguments."""
+        settings = self.generation_config if self.can_generate() else None
+        if settings is not None and settings.pad_token_id is None and settings.eos_token_id is not None:
+            ends = settings.eos_token_id
+            settings.pad_token_id = ends if isinstance(ends, int) else ends[0]
 
     def _get_name(self) -> str:
         """The class's name, as a Trainer knows it: without what `fully_shard` puts in front."""
@@ -143,7 +151,7 @@ def write_model_card(
     folder: str | os.PathLike[str],
     config: ThoughtbubblesConfig,
     facts: Mapping[str, str] | None = None,
-    name: str = "path/to/this/folder",
+    name: str = ".",
     tags: list[str] | None = None,
 ) -> None:
     """Write the model card README.md, over any that is there.
@@ -151,7 +159,7 @@ def write_model_card(
     Args:
         folder: of the model, which must exist.
         facts: what is known of its training, such as tokens, data and validation loss, for a table.
-        name: what the card tells its reader to load.
+        name: what the card tells its reader to load; `.` is the folder itself, wherever it is moved.
         tags: more tags for the Hub.
     """
     header = ModelCardData(
@@ -207,9 +215,10 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _how_to_load(name: str) -> str:
+    place = ", in this folder (elsewhere its path stands for the dot)" if name == "." else ""
     return f"""## Load it
 
-With the package `thoughtbubbles` installed:
+With the package `thoughtbubbles` installed{place}:
 
 ```python
 import thoughtbubbles
@@ -219,10 +228,13 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-Without it, leave the first import out and let transformers run the code that lies beside the weights:
+Without it, transformers can run the code that lies beside the weights, and asks to be told so, for the tokenizer too:
 
 ```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```"""
 
 

@@ -200,15 +200,19 @@ def _full_disk_said(output: Path) -> Iterator[None]:
 
 
 def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
-    """The model's configuration, completed from its data.
+    """The model's configuration, completed from its data, and the data's tokenizer from it, so that both can be saved.
 
     Raises:
         InputError: for a bad model field, a vocabulary smaller than the data's, a row of data longer than the
             longest of the model, or a budget of the recipe that the model cannot have.
     """
     tokenizer = data.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
     if (pretrained := recipe.model.get("pretrained")) is not None:
         check_tokenizer(pretrained, tokenizer, data.source)
     check_rows(config, data.vocab_size, data.longest, data.source)
@@ -345,11 +349,13 @@ def _gpu_has_bfloat16() -> bool:
 
 def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:
     main = trainer.is_world_process_zero()
+    # In training texts are of any length: they are cut into blocks.
+    trainer.data.tokenizer.model_max_length = trainer.config.max_position_embeddings
     with replacing(output / "model") if main else nullcontext(partial_path(output / "model")) as partial:
         trainer.save_model(str(partial))
         if main:
             (partial / "training_args.bin").unlink(missing_ok=True)
-            write_model_card(partial, trainer.config, _card_facts(trainer, summary), name=output.name)
+            write_model_card(partial, trainer.config, _card_facts(trainer, summary))
 
 
 def _card_facts(trainer: BubbleTrainer, summary: RunSummary) -> dict[str, str]:
