@@ -103,7 +103,7 @@ def test_copies_are_complete_and_minimal(folder: Path) -> None:
 
 
 def test_copies_cost_little_beside_any_weights(folder: Path) -> None:
-    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 140_000
+    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 200_000
 
 
 def test_config_names_the_classes(folder: Path) -> None:
