@@ -51,6 +51,8 @@ class _App(typer.Typer):
 app = _App(name="thoughtbubbles", add_completion=False, pretty_exceptions_enable=False)
 
 MODEL_HELP = "A trained model: the folder of a run, its model/ folder, one that save_pretrained wrote, or a hub name."
+# Of a batch: more than any memory holds.
+MOST_ROWS = 1 << 20
 VERIFY_HELP = (
     "Check every file of prepared data against its manifest first; without, once after each change, below 20 GB."
 )
@@ -333,7 +335,7 @@ def perplexity(
         str, typer.Option(help="In prefix mode: `proportional` to the prefix or `fixed`, as for a whole block.")
     ] = "proportional",
     blocks: Annotated[int | None, typer.Option(help="Only so many blocks, evenly spaced.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1, max=MOST_ROWS)] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model's perplexity on validation blocks, per token, byte and word."""
@@ -445,7 +447,7 @@ def evaluate(
         bool,
         typer.Option("--no-cache", help="Recompute the prefix for every generated token: the paper's rule for topk."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Texts at a time; no score depends on it.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time; no score depends on it.", min=1, max=MOST_ROWS)] = 8,
     against: Annotated[
         Path | None,
         typer.Option(help="Results of another model to compare with, document by document.", show_default=False),
@@ -502,7 +504,9 @@ def exact_match(
         Path | None,
         typer.Option(help="Folder for exact_match.json, answers.jsonl and exact_match.png.", show_default=False),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time; no answer depends on it.", min=1)] = 64,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions at a time; no answer depends on it.", min=1, max=MOST_ROWS)
+    ] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how many questions a model answers exactly, by difficulty and budget.
@@ -567,6 +571,7 @@ def inspect(
     for name, value, other in misplaced:
         if value is not None and other is not None:
             raise InputError(f"{name}={value}: expected it with {'--text' if name == '--token' else '--data'} alone")
+    _check_text("--text", text or "")
     with _bad_input():
         parse_budget(budget or 1)
     from thoughtbubbles.folders import output_folder
@@ -777,12 +782,21 @@ def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterat
         except UnicodeDecodeError as error:
             raise InputError(f"--file {file}: {error}") from None
     elif prompt is not None:
+        _check_text("--prompt", prompt)
         yield prompt
     else:
         try:
             yield "" if sys.stdin.isatty() else sys.stdin.read()
         except UnicodeDecodeError as error:
             raise InputError(f"standard input: {error}") from None
+
+
+def _check_text(name: str, text: str) -> None:
+    """Check that what a command line holds is text: it may be any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: expected text in UTF-8: {error}") from None
 
 
 def _validation_blocks(data: Path, model: str, count: int | None) -> "tuple[Tensor, PreTrainedTokenizerBase]":

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.errors import InputError, one_line
+from thoughtbubbles.errors import InputError, RunError, is_network, one_line
 from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def load_config(path: str | Path, **changes: Any) -> "ThoughtbubblesConfig":
     return config
 
 
-def _unusable(name: str, error: Exception) -> InputError:
+def _unusable(name: str, error: Exception) -> InputError | RunError:
+    if is_network(error):
+        return RunError(f"model {name} cannot be fetched: {one_line(error)}")
     where = (
         "" if Path(name).exists() else ": expected a folder with config.json, that of a finished run, or a hub model"
     )

@@ -21,7 +21,8 @@ from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.hub import HubReader, parse_name
 from thoughtbubbles.data.reading import open_documents, read_documents
 from thoughtbubbles.data.tokenizer import load_tokenizer
-from thoughtbubbles.errors import is_network
+from thoughtbubbles.errors import InputError, RunError, is_network
+from thoughtbubbles.loading import load_tokenizer as load_model_tokenizer
 
 NOTHING = httpx.Request("GET", "https://hub")
 
@@ -98,6 +99,22 @@ def test_a_tokenizer_that_cannot_be_fetched(error: Exception, code: int, monkeyp
     with pytest.raises(DataError, match="cannot be loaded by AutoTokenizer") as caught:
         load_tokenizer("a/b")
     assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(httpx.ConnectError("no route"), RunError), (ValueError("not one"), InputError)]
+)
+def test_a_model_that_cannot_be_fetched(
+    error: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise because(OSError("We couldn't connect to the hub"), error)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(kind, match=r"model a/b.*: We couldn't connect to the hub"):
+        load_model_tokenizer("a/b")
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> None:
