@@ -42,7 +42,8 @@ def main() -> None:
     pack_references(options.kit, TOY if options.toy else None)
     data = toy_data(options.kit) if options.toy else options.data
     missing = missing_packages(options.installed, options.python)
-    facts = {"files": {} if data is None else pack_data(data, options.kit), "packages": missing, "machine": describe_machine()}
+    files = {} if data is None else pack_data(data, options.kit)
+    facts = {"files": files, "packages": missing, "machine": describe_machine()}
     if options.wheels is not None:
         download(missing, options.wheels, options.python)
     write_text(options.kit / KIT_NAME, json.dumps(facts, indent=1) + "\n")

@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from clock import now
 from gpu_parts.driver import FAULTS, Item, Setting, run_part
+from gpu_parts.facts import seconds_of
 from gpu_parts.report import Report
 from parts import OURS, part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles import loss as loss_module
 from thoughtbubbles.accounting import activation_bytes, layer_widths, state_bytes, training_flops
+from thoughtbubbles.loss import chunked_next_token_loss
 from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.meter import peak_memory
 from training import LossAlone, SamePositions
@@ -44,6 +48,7 @@ def items(setting: Setting) -> Iterator[Item]:
         yield Item(f"{shape} parts of causal 2", scale * 10, partial(bench.parts, shape, "causal 2"))
     for shape in dict.fromkeys((first, second)):
         yield Item(f"{shape} memory of causal 2", 20, partial(bench.memory, shape, "causal 2"))
+    yield Item(f"{first} loss by rows", 5, partial(bench.loss, first))
     for shape in more:
         for name in ("dense", "causal 2"):
             yield Item(f"{shape} {name}", 25, partial(bench.step, shape, name))
@@ -106,6 +111,26 @@ class Bench:
                 found["largest"] = rows
             found[FAULTS] = [f"plan is {off:.0%} off"] if off > MEMORY_OFF else []
         return {**found, "off": off}
+
+    def loss(self, shape: str) -> dict[str, Any]:
+        """Seconds of the loss, forward and backward, by how many rows of logits it holds at a time."""
+        config = self.config(shape, "none", "1")
+        count = 64 if self.rehearse else 1 << 14
+        hidden = torch.randn(1, count, config.hidden_size, device=self.device).requires_grad_()
+        matrix = torch.randn(config.vocab_size, config.hidden_size, device=self.device).requires_grad_()
+        targets = torch.randint(config.vocab_size, (1, count), device=self.device)
+
+        def work() -> None:
+            with self.autocast():
+                loss = chunked_next_token_loss(hidden, matrix, targets)
+            loss.backward()
+
+        found = {}
+        with released():
+            for size in (32, 64) if self.rehearse else (512, 2048, 8192):
+                with patch.object(loss_module, "ROWS", size):
+                    found[str(size)] = seconds_of(self.device, work, rounds=3)
+        return {"rows": count, "seconds": found}
 
     def timed(self, config: ThoughtbubblesConfig, twin: bool, rows: int, pieces: str) -> dict[str, Any]:
         """Median seconds of a step, the first one's, in which graphs are made, and the peak."""
