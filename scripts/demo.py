@@ -4,17 +4,23 @@ Finished parts are not done again; a run that was interrupted goes on from its l
 """
 
 import json
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from thoughtbubbles.comparison.statistics import Estimate, paired_difference
 from thoughtbubbles.data import load_prepared, prepare
+from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
-from thoughtbubbles.evaluation.perplexity import Perplexity, evaluate_perplexity
+from thoughtbubbles.evaluation.perplexity import token_losses
+from thoughtbubbles.files import write_text
 from thoughtbubbles.inspection.bubbles import bubble_sizes
 from thoughtbubbles.inspection.plots import plot_bubbles, plot_losses
 from thoughtbubbles.loading import load_model, load_tokenizer
@@ -25,51 +31,116 @@ RECIPES = {"dense": Path("recipes/demo-dense.yaml"), "Thoughtbubbles": Path("rec
 OUTPUT = Path("runs/demo")
 PROMPT = "def read_file(path):\n"
 PASSAGE_TOKENS = 96
+MEASURED_BLOCKS = 512
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A trained model on text that it has not seen.
+
+    Attributes:
+        title: for a reader who knows nothing yet.
+        parameters: of the model.
+        training_flops: operations that its training took.
+        losses: nats per token, block by block.
+    """
+
+    title: str
+    parameters: int
+    training_flops: int
+    losses: npt.NDArray[np.float64]
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        return math.exp(self.losses.mean())
+
+    def against(self, other: "Measured") -> Estimate:
+        """Loss minus the other's, with a 95% interval over blocks."""
+        return paired_difference(self.losses[None], other.losses[None])
 
 
 def main() -> None:
-    """Prepare, train, compare, sample, draw."""
+    """Prepare, train, measure, compare, sample, draw."""
     start = time.monotonic()
-    console = Console()
+    console = Console(width=min(Console().width, 110))
     prepare(OUTPUT / "data", vocab_size=2048, block_size=128, validation_fraction=0.03)
     summaries = {label: train(load_recipe(path)) for label, path in RECIPES.items()}
-    show_table(console, summaries)
-    at_one = evaluate_perplexity(load_model(OUTPUT / "bubbles"), validation_blocks(), budget=1, batch_size=32)
-    show_verdict(console, summaries, at_one)
+    dense, bubbles = summaries["dense"], summaries["Thoughtbubbles"]
+    measured = [
+        measure("dense transformer", OUTPUT / "dense", dense),
+        measure("Thoughtbubbles, up to 2 streams a token", OUTPUT / "bubbles", bubbles),
+        measure("the same model, forks forbidden", OUTPUT / "bubbles", bubbles, budget=1),
+    ]
+    show_table(console, bubbles.tokens, measured)
+    show_verdict(console, *measured)
     show_sample(console)
     draw()
-    results = {label: asdict(summary) for label, summary in summaries.items()}
-    results["Thoughtbubbles at test budget 1"] = asdict(at_one)
-    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = [{**asdict(each), "losses": each.losses.tolist()} for each in measured]
+    write_text(OUTPUT / "results.json", json.dumps(results) + "\n")
     console.print(f"\nIn {OUTPUT}: loss.png, bubbles.png, results.json, and each run's metrics, checkpoints and model.")
+    console.print(
+        "Next: thoughtbubbles generate runs/demo/bubbles --prompt 'def main' --show-bubbles, and docs/guide.md."
+    )
     console.print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
 
 
-def show_table(console: Console, summaries: dict[str, RunSummary]) -> None:
-    """One row a model."""
-    table = Table(title="Python's standard library, held-out files, one seed")
+def measure(title: str, folder: Path, summary: RunSummary, budget: int | None = None) -> Measured:
+    """The losses of a run's model on validation blocks, evenly spaced."""
+    rows = load_prepared(OUTPUT / "data").validation
+    blocks = torch.stack([rows[index]["input_ids"] for index in spread(len(rows), MEASURED_BLOCKS)])
+    losses = token_losses(load_model(folder), blocks, budget=budget, batch_size=32)
+    return Measured(title, summary.parameters, summary.training_flops, losses.double().mean(1).numpy())
+
+
+def show_table(console: Console, tokens: int, measured: list[Measured]) -> None:
+    """One row a model, in words that need no documentation."""
+    dense = measured[0]
+    console.print(
+        f"\nTwo small language models read the same {tokens:,} tokens of Python source in the same order, and were "
+        "asked to predict files that neither had seen."
+    )
+    table = Table()
     table.add_column("", no_wrap=True)
-    for column in ("parameters", "training\ntokens", "validation\nperplexity", "tokens/s", "training\nFLOPs"):
+    for column in (
+        "parameters",
+        "perplexity\n(lower is better)",
+        "loss minus dense's,\nnats per token",
+        "operations\nof training",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
-    for label, run in summaries.items():
-        row = f"{run.parameters:,}", f"{run.tokens:,}", f"{run.eval_perplexity:.2f}", f"{run.tokens_per_second:,.0f}"
-        table.add_row(label, *row, f"{run.training_flops:.3g}")
+    for each in measured:
+        cost = f"{each.training_flops / dense.training_flops:.2f} x dense"
+        row = f"{each.parameters:,}", f"{each.perplexity:.1f}", "" if each is dense else interval(each.against(dense))
+        table.add_row(each.title, *row, cost)
     console.print(table)
 
 
-def show_verdict(console: Console, summaries: dict[str, RunSummary], at_one: Perplexity) -> None:
-    """Who won, at which cost, and what the forks have to do with it."""
-    dense, bubbles = summaries["dense"], summaries["Thoughtbubbles"]
-    difference = bubbles.eval_loss - dense.eval_loss
-    winner = "Thoughtbubbles" if difference < 0 else "The dense model"
+def interval(difference: Estimate) -> str:
+    """A difference and the margin of its 95% interval."""
+    return f"{difference.mean:+.3f} +- {difference.high - difference.mean:.3f}"
+
+
+def show_verdict(console: Console, dense: Measured, bubbles: Measured, at_one: Measured) -> None:
+    """Which is better, by how much more than its error, and what that does not show."""
+    difference, forks = bubbles.against(dense), bubbles.against(at_one)
+    margin = difference.high - difference.mean
+    if difference.settled:
+        better = "Thoughtbubbles" if difference.mean < 0 else "The dense model"
+        console.print(
+            f"{better} is better by {abs(difference.mean):.3f} nats a token, {abs(difference.mean) / margin:.0f} times "
+            "the margin of error over these files."
+        )
+    else:
+        console.print(f"Neither is better: the difference lies within the margin of error, {margin:.3f} nats a token.")
     console.print(
-        f"{winner} is better by {abs(difference):.4f} nats per token after equally many tokens; Thoughtbubbles spent "
-        f"{bubbles.training_flops / dense.training_flops:.2f} times the FLOPs. One seed: small differences may be luck."
+        f"Of that, the forks make {-forks.mean:+.3f} +- {forks.high - forks.mean:.3f}: what is left with forks "
+        "forbidden comes from the gates, which also scale what each layer adds."
     )
     console.print(
-        f"The same Thoughtbubbles model with forking forbidden at test time (budget 1): perplexity "
-        f"{at_one.perplexity:.2f}, {at_one.loss - bubbles.eval_loss:+.4f} nats. What is left of its lead then is the "
-        "gates' doing, not the forks'."
+        "What this does not show: one seed each, so another pair of runs may differ by more than the margin; with forks "
+        f"training took {bubbles.training_flops / dense.training_flops:.2f} times the operations of the dense model, "
+        "which could have read more text for them; and leads at this size shrink with more training (docs/results.md)."
     )
 
 
@@ -82,12 +153,6 @@ def show_sample(console: Console) -> None:
     console.rule()
 
 
-def validation_blocks() -> torch.Tensor:
-    """All validation blocks, [n, T]."""
-    blocks: torch.Tensor = load_prepared(OUTPUT / "data").validation[:]["input_ids"]
-    return blocks
-
-
 def draw() -> None:
     """The two pictures."""
     plot_losses(
@@ -96,7 +161,7 @@ def draw() -> None:
         "Python's standard library, held-out files",
     )
     model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")
-    ids = validation_blocks()[0, :PASSAGE_TOKENS]
+    ids = load_prepared(OUTPUT / "data").validation[0]["input_ids"][:PASSAGE_TOKENS]
     plot_bubbles(
         [str(tokenizer.decode([token])) for token in ids.tolist()],
         bubble_sizes(model, ids[None])[0].tolist(),
