@@ -138,9 +138,9 @@ def show_verdict(console: Console, dense: Measured, bubbles: Measured, at_one: M
         "forbidden comes from the gates, which also scale what each layer adds."
     )
     console.print(
-        "What this does not show: one seed each, so another pair of runs may differ by more than the margin; with forks "
-        f"training took {bubbles.training_flops / dense.training_flops:.2f} times the operations of the dense model, "
-        "which could have read more text for them; and leads at this size shrink with more training (docs/results.md)."
+        "What this does not show: one seed each, so another pair of runs may differ by more than the margin; forks "
+        f"took {bubbles.training_flops / dense.training_flops:.2f} times the dense model's operations, for "
+        "which that could have read more text; and leads at this size shrink with more training (docs/results.md)."
     )
 
 
