@@ -6,7 +6,7 @@ numbers are the same on every machine, and need not be carried.
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,11 @@ def make_reference(case: Case) -> Reference:
     assert out.loss is not None
     objective(out.logits, out.loss, mask).backward()
     gradients = {name: each.grad.float() for name, each in parameters.items() if each.grad is not None}
-    return Reference(checksum_of(model), out.logits.detach(), float(out.loss.detach()), gradients, out.forks)
+    forks = [
+        {layer: replace(fork, candidate_scores=fork.candidate_scores.detach()) for layer, fork in row.items()}
+        for row in out.forks
+    ]
+    return Reference(checksum_of(model), out.logits.detach(), float(out.loss.detach()), gradients, forks)
 
 
 def write_references(path: Path, references: Mapping[str, Reference]) -> None:
@@ -148,8 +152,7 @@ def read_references(path: Path) -> dict[str, Reference]:
 
 
 def _packed(fork: ReferenceFork) -> dict[str, Any]:
-    values = {each.name: getattr(fork, each.name) for each in fields(fork)}
-    return {**values, "candidate_scores": fork.candidate_scores.detach()}
+    return {each.name: getattr(fork, each.name) for each in fields(fork)}
 
 
 def budget_of(case: Case) -> Fraction:
