@@ -6,9 +6,11 @@ With THOUGHTBUBBLES_SCREENSHOTS=FOLDER the screenshots are kept there.
 import json
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 
 from tests.run_fixtures import RECIPE
 from tests.test_cli import fail
-from thoughtbubbles.app.exhibit import Exhibit
+from thoughtbubbles.app.exhibit import Exhibit, Growth
+from thoughtbubbles.app.page import EXAMPLES
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.loading import load_model, load_tokenizer
 from thoughtbubbles.training.recipe import load_recipe
@@ -30,17 +33,30 @@ PHONE, DESK = (390, 844), (1280, 1000)
 
 
 @pytest.fixture(scope="module")
-def address(tiny_run: Path, tiny_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two models side by side: the tiny run and a dense one."""
-    from thoughtbubbles.app.page import serve
-
+def dense_run(tiny_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     (folder / "recipe.yaml").write_text(RECIPE.format(data=tiny_data.path, output=folder / "run"))
     train(load_recipe(folder / "recipe.yaml", ["model.routing=none", "training.steps=2"]), progress=False)
-    runs = {"bubbles": tiny_run, "dense": folder / "run"}
-    server = serve([Exhibit(n, load_model(r), load_tokenizer(r)) for n, r in runs.items()])
-    yield server.address
-    server.close()
+    return folder / "run"
+
+
+@contextmanager
+def served(*runs: Path) -> Iterator[str]:
+    """The address of the page of some runs, while the context lasts."""
+    from thoughtbubbles.app.page import serve
+
+    server = serve([Exhibit(run.name, load_model(run), load_tokenizer(run)) for run in runs])
+    try:
+        yield server.address
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def address(tiny_run: Path, dense_run: Path) -> Iterator[str]:
+    """Two models side by side: the tiny run and a dense one."""
+    with served(tiny_run, dense_run) as found:
+        yield found
 
 
 # What gradio logs of a request under way when its page is left or asks anew.
@@ -50,10 +66,10 @@ CUT_SHORT = ("AbortError", "Connection errored out")
 class Browser:
     """A page in headless Chromium, found by CSS selectors."""
 
-    def __init__(self, driver: Any, address: str) -> None:
+    def __init__(self, driver: Any, address: str, panels: int = 2) -> None:
         self.driver = driver
         driver.get(address)
-        self.wait(lambda: len(self.all("button.tb-token")) > 10 and len(self.all("#tokens-1 button.tb-token")) > 5)
+        self.wait(lambda: all(len(self.all(f"#tokens-{place} button.tb-token")) > 5 for place in range(panels)))
 
     def all(self, selector: str) -> list[Any]:
         found: list[Any] = self.driver.find_elements("css selector", selector)
@@ -194,14 +210,83 @@ def test_everything_is_reached_by_keyboard(browser: Browser) -> None:
 
 
 def test_generation_comes_with_its_bubbles(browser: Browser) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser.all("#tokens-0 button.tb-token")[4].click()
+    browser.wait(lambda: browser.all("#detail-0 svg"))
     browser.retype("#text textarea", "the")
     browser.one("#generate").click()
-    browser.wait(
-        lambda: len(browser.all("#made-0 .tb-text span")) > 4 and len(browser.all("#made-1 .tb-text span")) > 4
-    )
-    assert browser.text("#made-0").find("the") >= 0
-    assert {each.get_attribute("class") for each in browser.all("#made-1 .tb-text span")} == {"tb-s1"}
+    browser.wait(lambda: all(browser.all(f"#tokens-{place} button.tb-made") for place in (0, 1)))
+    # The text that came, its bubbles, and none of what was there before.
+    tokens = browser.all("#tokens-0 button.tb-token")
+    made = browser.all("#tokens-0 button.tb-made")
+    assert len(made) == len(tokens) - len(browser.all("#tokens-0 button:not(.tb-made)")) > 3
+    assert len(browser.all("#status-0 .tb-text span[title]")) == len(tokens)
+    assert browser.text("#status-0 .tb-prompt").endswith("the")
+    assert browser.all("#detail-0 svg") == []
+    assert {each.get_attribute("class") for each in browser.all("#status-1 .tb-text span[title]")} == {"tb-s1"}
     browser.shoot("generated")
+    made[0].click()
+    browser.wait(lambda: browser.all("#detail-0 svg"))
+    # Another budget is one for the text that is shown.
+    browser.one("#budget input[type=range]").send_keys(*[Keys.ARROW_RIGHT] * 2)
+    browser.wait(lambda: "budget 2;" in browser.text("#status-0"))
+    assert len(browser.all("#tokens-0 button.tb-made")) == len(made)
+    browser.one("#show").click()
+    browser.wait(lambda: not browser.all("#tokens-0 button.tb-made"))
+    assert browser.all("#status-0 .tb-text") == []
+
+
+def test_stopped_generation_shows_what_there_is(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch)
+    browser.retype("#text textarea", "the")
+    browser.one("#generate").click()
+    browser.wait(lambda: len(browser.all("#status-0 .tb-text span[title]")) > 2)
+    browser.one("#stop").click()
+    browser.wait(lambda: browser.all("#tokens-0 button.tb-made"))
+    count = len(browser.all("#tokens-0 button.tb-token"))
+    assert len(browser.all("#status-0 .tb-text span[title]")) == count < 12
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_example_is_shown_at_once(browser: Browser, place: int) -> None:
+    before = browser.text("#tokens-0 .tb-piece")
+    browser.one(f"#example-{place}").click()
+    browser.wait(lambda: browser.text("#tokens-0 .tb-piece") not in ("", before))
+    assert browser.one("#text textarea").get_attribute("value") == list(EXAMPLES.values())[place]
+    assert len(browser.all("#examples button")) == 3
+
+
+def test_another_text_ends_a_generation(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch)
+    browser.retype("#text textarea", "the")
+    browser.one("#generate").click()
+    browser.wait(lambda: len(browser.all("#status-0 .tb-text span[title]")) > 2)
+    browser.one("#show").click()
+    browser.wait(lambda: browser.all("#tokens-0 button.tb-token"))
+    time.sleep(1.5)  # the generation would go on meanwhile
+    assert browser.all("#tokens-0 button.tb-made") == browser.all("#status-0 .tb-text") == []
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let generation take half a second for each token from the third on."""
+    grow = Exhibit.generate
+
+    def slowly(self: Exhibit, *arguments: Any) -> Iterator[Growth]:
+        for step, growth in enumerate(grow(self, *arguments)):
+            yield growth
+            time.sleep(0.05 if step < 2 else 0.5)
+
+    monkeypatch.setattr(Exhibit, "generate", slowly)
+
+
+def test_tokens_look_clickable_and_are_explained(browser: Browser) -> None:
+    assert "Click a token" in browser.text("#tokens-0 .tb-hint")
+    assert all(word in browser.text("#legend") for word in ("shape", "number", "Colour"))
+    style = "return getComputedStyle(document.querySelector('button.tb-token'))."
+    assert browser.run(f"{style}cursor") == "pointer"
+    assert browser.run(f"{style}borderTopWidth") == "1px"
+    assert browser.run(f"{style}borderTopColor") not in ("rgba(0, 0, 0, 0)", "transparent")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -215,12 +300,29 @@ def test_a_phone_in_light_and_dark(browser: Browser, scheme: str) -> None:
     assert browser.run("return document.documentElement.scrollWidth") <= PHONE[0]
     first, second = (browser.one(f"#tokens-{place}").rect for place in (0, 1))
     assert second["y"] > first["y"]
+    assert max(browser.one(button).rect["width"] for button in ("#show", "#generate", "#stop")) < PHONE[0] / 2
+    assert first["y"] < browser.one("#legend").rect["y"]
+    assert browser.all("button.tb-token")[0].rect["y"] < PHONE[1] - 80
     ink, ground = (
         browser.run(f"return getComputedStyle(document.querySelector('{selector}')).{name}")
         for selector, name in ((".tb-piece", "color"), ("body", "backgroundColor"))
     )
     assert contrast(ink, ground) > 7
     browser.shoot(f"phone-{scheme}")
+
+
+def test_a_dense_model_alone_has_no_budget(driver: Any, dense_run: Path) -> None:
+    resize(driver, DESK)
+    with served(dense_run) as address:
+        dense = Browser(driver, address, panels=1)
+        assert dense.all("#budget") == dense.all("#legend") == []
+        assert "one stream per token" in dense.text("#status-0")
+        dense.all("button.tb-token")[3].click()
+        dense.wait(lambda: dense.all("#detail-0 table"))
+        assert len(dense.all("#detail-0 thead th")) == 2
+        dense.one("#generate").click()
+        dense.wait(lambda: dense.all("button.tb-made"))
+        driver.get("about:blank")
 
 
 def contrast(one: str, other: str) -> float:

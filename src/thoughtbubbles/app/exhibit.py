@@ -1,6 +1,6 @@
 """A model on show: what the demo page asks of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -40,16 +40,43 @@ class Exhibit:
         """The longest text that is shown, in tokens."""
         return min(MOST_TOKENS, self.model.config.max_position_embeddings)
 
-    def trace(self, text: str, budget: Budget) -> tuple[BubbleTrace, str]:
-        """The trace of a text, and a message if the text was too long and is cut; "" if not.
+    @property
+    def has_budget(self) -> bool:
+        """Whether the budget changes anything: a dense model has no streams to spend it on."""
+        return bool(self.model.config.gated_layers or self.model.config.copied_layers)
+
+    def read(self, text: str) -> tuple[list[int], str]:
+        """The ids of a text to show, and a message if it is too long and its end is cut off; "" if not.
 
         Raises:
-            ValueError: for a budget that the model cannot have.
             InputError: for a text without a token.
         """
-        ids, message = self._read(text, self.most_tokens)
+        ids = self._ids(text[:MOST_CHARACTERS])
+        kept = ids[: self.most_tokens]
+        return kept, _say_cut("first", kept) if len(text) > MOST_CHARACTERS or len(kept) < len(ids) else ""
+
+    def prompt(self, text: str, count: int) -> tuple[list[int], str]:
+        """The ids of a text to go on with by `count` tokens, and a message if its beginning is cut off; "" if not.
+
+        Half of the longest row is the text's, whatever the count.
+
+        Raises:
+            InputError: for a text without a token.
+        """
+        longest = self.model.config.max_position_embeddings
+        most = min(self.most_tokens, max(longest - count, longest // 2, 1))
+        ids = self._ids(text[-MOST_CHARACTERS:])
+        kept = ids[-most:]
+        return kept, _say_cut("last", kept) if len(text) > MOST_CHARACTERS or len(kept) < len(ids) else ""
+
+    def trace(self, ids: Sequence[int], budget: Budget) -> BubbleTrace:
+        """The trace of a row of ids.
+
+        Raises:
+            ValueError: for a budget that the model cannot have, or ids as `trace_bubbles`.
+        """
         with self.lock:
-            return trace_bubbles(self.model, self.tokenizer, ids, budget), message
+            return trace_bubbles(self.model, self.tokenizer, ids, budget)
 
     def next_tokens(self, trace: BubbleTrace, token: int) -> list[tuple[str, float, float | None]]:
         """The likeliest next tokens after one: each with its probability with the token's forks and without them.
@@ -69,53 +96,62 @@ class Exhibit:
         best = with_forks.topk(min(TOP, len(with_forks))).indices.tolist()
         return [(self._piece(i), with_forks[i].item(), None if without is None else without[i].item()) for i in best]
 
-    def prompt(self, text: str, count: int) -> tuple[list[int], str]:
-        """The ids of a text to go on with by `count` tokens, and a message if it or they are cut; "" if not.
+    def generate(self, ids: Sequence[int], budget: Budget, count: int, seed: int = 0) -> Iterator["Growth"]:
+        """Go on with a prompt: what there is before the first new token, and after each.
 
-        Half of the longest row is the text's, whatever the count.
-
-        Raises:
-            InputError: for a text without a token.
-        """
-        longest = self.model.config.max_position_embeddings
-        ids, message = self._read(text, min(self.most_tokens, max(longest - count, longest // 2, 1)))
-        if count > (room := longest - len(ids)):
-            message = f"{message} The model's longest row ends after {room} new tokens.".strip()
-        return ids, message
-
-    def generate(
-        self, ids: list[int], budget: Budget, count: int, seed: int = 0
-    ) -> Iterator[tuple[list[str], list[int]]]:
-        """Go on with a prompt: after each new token all pieces, and the streams of each in the last block.
-
-        Decoding uses the cache (Design 3.8) and samples at temperature 0.8, up to the end of the document or of the
-        longest row.
+        Decoding uses the cache (method: Cache) and samples at temperature 0.8, up to the end of the document or of
+        the longest row.
 
         Raises:
             ValueError: for a budget that the model cannot have.
         """
         cache, generator = StreamCache(), torch.Generator().manual_seed(seed)
-        pieces, sizes, new = [self._piece(i) for i in ids], [], ids
-        room = self.model.config.max_position_embeddings - len(ids)
-        for _ in range(min(count, room) + 1):
+        ids, new, sizes = list(ids), list(ids), []
+        longest = self.model.config.max_position_embeddings
+        for step in range(count + 1):
             with self.lock, torch.inference_mode():
                 row = torch.tensor([new], device=self.model.device)
                 out = self.model(row, cache=cache, budget=budget, logits_to_keep=1, output_streams=True)
             sizes += out.streams[-1].bubble_sizes()[0].tolist()
-            yield list(pieces), list(sizes)
+            row_ended = len(ids) == longest and step < count
+            yield Growth(list(ids), self.pieces(ids), list(sizes), row_ended)
             probabilities = (out.logits[0, -1].float() / TEMPERATURE).softmax(-1).cpu()
             new = [int(torch.multinomial(probabilities, 1, generator=generator))]
-            if new[0] == self.tokenizer.eos_token_id:
+            if row_ended or step == count or new[0] == self.tokenizer.eos_token_id:
                 return
-            pieces.append(self._piece(new[0]))
+            ids += new
 
-    def _read(self, text: str, most: int) -> tuple[list[int], str]:
-        ids = to_ids(self.tokenizer, text[:MOST_CHARACTERS])
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token."""
+        return [self._piece(token) for token in ids]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = to_ids(self.tokenizer, text)
         if not ids:
             raise InputError("text '': expected at least one token")
-        if len(text) <= MOST_CHARACTERS and len(ids) <= most:
-            return ids, ""
-        return ids[:most], f"The text is too long: only its first {min(most, len(ids))} tokens are taken."
+        return ids
 
     def _piece(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A text that is being generated.
+
+    Attributes:
+        ids: of all its tokens, the prompt's too.
+        pieces: the text of each.
+        sizes: streams of each in the last block, as decoded.
+        row_ended: whether it stops here because the model takes no longer row.
+    """
+
+    ids: list[int]
+    pieces: list[str]
+    sizes: list[int]
+    row_ended: bool
+
+
+def _say_cut(end: str, kept: Sequence[int]) -> str:
+    count = f"{end} token is" if len(kept) == 1 else f"{end} {len(kept)} tokens are"
+    return f"The text is too long: only its {count} taken."

@@ -15,23 +15,44 @@ STEP, LANE = 64, 26  # pixels from block to block and from stream to stream in a
 MOST_SHADES = 6
 
 
-def render_tokens(trace: BubbleTrace, chosen: int | None = None) -> str:
+def render_legend() -> str:
+    """What the shapes, numbers and colours of the page say."""
+    shades = "".join(
+        f'<span class="tb-shade"><span class="tb-swatch tb-s{shade}"></span>{shade}'
+        f"{' or more' if shade == MOST_SHADES else ''}</span>"
+        for shade in range(1, MOST_SHADES + 1)
+    )
+    return (
+        '<div class="tb-legend"><p>The <b>shape</b> above a token is its bubble: its streams in each block, the first '
+        "block below, the last on top. The <b>number</b> is its streams in the last block. Tokens with a line below "
+        f"them were generated.</p><p><b>Colour</b>, the streams: {shades}</p></div>"
+    )
+
+
+def render_tokens(trace: BubbleTrace, chosen: int | None = None, start: int | None = None) -> str:
     """A button for each token, above its text the silhouette of its bubble: the first block below, the last on top.
 
     Args:
         chosen: the token whose button is pressed.
+        start: the first generated token; None where none is.
     """
     sizes = trace.bubble_sizes()
     widest = int(sizes.max())
-    buttons = [
-        f'<button type="button" class="tb-token" data-token="{token}" aria-pressed="{str(token == chosen).lower()}" '
-        f'aria-label="token {token}, {escape(visible_token(piece))}: {_streams(sizes[-1, token])} in the last block">'
-        f"{_silhouette(sizes[:, token].tolist(), widest)}"
-        f'<span class="tb-piece">{escape(visible_token(piece))}</span>'
-        f'<span class="tb-count">{sizes[-1, token]}</span></button>'
-        for token, piece in enumerate(trace.tokens)
-    ]
-    return f'<div class="tb-tokens">{"".join(buttons)}</div>'
+    buttons = []
+    for token, piece in enumerate(trace.tokens):
+        shown, made = escape(visible_token(piece)), start is not None and token >= start
+        buttons.append(
+            f'<button type="button" class="tb-token{" tb-made" if made else ""}" data-token="{token}" '
+            f'aria-pressed="{str(token == chosen).lower()}" aria-label="token {token}, {shown}: '
+            f'{_streams(sizes[-1, token])} in the last block{", generated" if made else ""}" '
+            f'title="{_streams(sizes[-1, token])} in the last block">{_silhouette(sizes[:, token].tolist(), widest)}'
+            f'<span class="tb-piece">{shown}</span><span class="tb-count">{sizes[-1, token]}</span></button>'
+        )
+    streams = "its streams and " if trace.fork_layers else ""
+    return (
+        f'<p class="tb-hint">Click a token to see {streams}what the model expects next.</p>'
+        f'<div class="tb-tokens" role="group" aria-label="Tokens">{"".join(buttons)}</div>'
+    )
 
 
 def _silhouette(sizes: Sequence[int], widest: int) -> str:
@@ -46,8 +67,10 @@ def _silhouette(sizes: Sequence[int], widest: int) -> str:
 
 def render_summary(trace: BubbleTrace) -> str:
     """The loss and perplexity of the text and the streams that it took."""
-    sizes = trace.bubble_sizes()
-    parts = [f"budget {budget_text(trace.budget)}", f"{sizes.mean():.2f} streams per token and block"]
+    parts = ["a dense model: one stream per token"]
+    if trace.fork_layers:
+        streams = f"{trace.bubble_sizes().mean():.2f} streams per token and block"
+        parts = [f"budget {budget_text(trace.budget)}", streams]
     if trace.surprisal:
         loss = float(np.mean(trace.surprisal))
         parts.insert(0, f"perplexity {np.exp(loss):.2f} ({loss:.4f} nats per token)")
@@ -106,22 +129,30 @@ def _score(trace: BubbleTrace, stream: int) -> float:
 
 
 def render_next(found: Sequence[tuple[str, float, float | None]]) -> str:
-    """A table of the likeliest next tokens, with the chosen token's forks and without."""
+    """A table of the likeliest next tokens, with the chosen token's forks and, where it can have some, without."""
+    forks = any(without is not None for *_, without in found)
+    titles = ("token", "with its forks", "without them") if forks else ("token", "probability")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     rows = "".join(
-        f'<tr><th scope="row">{escape(visible_token(piece))}</th><td>{_percent(with_forks)}</td>'
-        f"<td>{_percent(without)}</td></tr>"
-        for piece, with_forks, without in found
+        f'<tr><th scope="row">{escape(visible_token(piece))}</th>'
+        f"{''.join(f'<td>{value:.2%}</td>' for value in values if value is not None)}</tr>"
+        for piece, *values in found
     )
     return (
-        '<table class="tb-next"><caption>Likeliest next tokens</caption><thead><tr><th scope="col">token</th>'
-        '<th scope="col">with its forks</th><th scope="col">without them</th></tr></thead>'
+        f'<table class="tb-next"><caption>Likeliest next tokens</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table>"
     )
 
 
-def render_text(pieces: Sequence[str], sizes: Sequence[int]) -> str:
-    """Running text whose tokens stand on a ground by their streams; above one stream the number follows."""
-    return f'<p class="tb-text">{"".join(map(_mark, pieces, sizes))}</p>'
+def render_text(pieces: Sequence[str], sizes: Sequence[int], start: int = 0) -> str:
+    """Running text whose tokens are underlined by their streams; above one stream the number follows.
+
+    Args:
+        start: the first generated token; those before it are the prompt.
+    """
+    marked = [_mark(piece, size) for piece, size in zip(pieces, sizes, strict=True)]
+    prompt = f'<span class="tb-prompt">{"".join(marked[:start])}</span>' if start else ""
+    return f'<p class="tb-text">{prompt}{"".join(marked[start:])}</p>'
 
 
 def _mark(piece: str, size: int) -> str:
@@ -144,7 +175,3 @@ def _x(layer: int) -> int:
 
 def _streams(count: int) -> str:
     return f"{count} stream{'' if count == 1 else 's'}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"

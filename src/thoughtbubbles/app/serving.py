@@ -1,5 +1,6 @@
 """A page of gradio's behind the shield, on this machine alone."""
 
+import logging
 import os
 import socket
 import time
@@ -43,7 +44,7 @@ class PageServer:
             log_level="warning",
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
         self._thread = Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -64,6 +65,8 @@ class PageServer:
     def close(self) -> None:
         """End the server, and free its port."""
         self._page.close(verbose=False)
+        # What the end cuts short is no error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = True
         self._thread.join(10)
 

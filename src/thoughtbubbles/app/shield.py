@@ -18,7 +18,7 @@ ROUTES = (
     (re.compile(r"/(favicon\.ico|manifest\.json|theme\.css)?"), READ),
     (re.compile(r"/(assets|static/(fonts|img|js))(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+"), READ),
     (re.compile(r"/gradio_api/(app_id|queue/data|heartbeat/[a-z0-9]+)"), READ),
-    (re.compile(r"/gradio_api/(queue/join|cancel|reset)"), WRITE),
+    (re.compile(r"/gradio_api/queue/join"), WRITE),
 )
 MOST_BYTES = 2**20  # of a request's body
 MOST_DROPPED = 16 * MOST_BYTES  # read of a body that is too long, so that the answer reaches who sends it
