@@ -243,7 +243,7 @@ def test_a_variant_of_a_comparison(comparison: str, variant: str, budget: str, s
     [
         (None, "variant=None: expected one of those of the comparison"),
         ("causl", "compare.yaml: dense, causal-4, causal-half"),
-        ("dense-flops", "variant='dense-flops': expected one whose tokens do not follow"),
+        ("dense-flops", "variant='dense-flops': expected one that doesn't follow from the FLOPs of "),
     ],
 )
 def test_a_variant_that_cannot_be_planned(comparison: str, variant: str | None, message: str) -> None:

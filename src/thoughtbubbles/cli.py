@@ -289,6 +289,7 @@ def compare(
     runs are not done again: started again after whatever stopped it, a comparison goes on where it was.
     """
     from thoughtbubbles.comparison.compare import carry_out, look
+    from thoughtbubbles.comparison.control import control_lines
     from thoughtbubbles.comparison.pages import write_report
     from thoughtbubbles.comparison.recipe import load_comparison
     from thoughtbubbles.comparison.results import build_report
@@ -303,7 +304,10 @@ def compare(
     output = planner.comparison.output
     if not found.finished:
         raise RunError(f"{output}: no run is finished: {_reasons(found.failed) or 'start without --report-only'}")
-    write_report(build_report(planner, found), output)
+    report = build_report(planner, found)
+    write_report(report, output)
+    for line in control_lines(report.trials):
+        typer.echo(line)
     typer.echo(f"{len(found.finished)} runs, {len(found.missing)} missing; report in {output / 'report.html'}")
     if found.failed:
         raise RunError(f"{len(found.failed)} runs cannot go on: {_reasons(found.failed)}")

@@ -138,7 +138,7 @@ def _sections_of_variant(content: Mapping[str, Any], name: str, variant: str | N
         raise InputError(f"variant={variant!r}: expected one of those of the comparison {name}: {names}")
     found = comparison.variants[variant]
     if found.flops_of is not None:
-        raise InputError(f"variant={variant!r}: expected one whose tokens do not follow from another one's FLOPs")
+        raise InputError(f"variant={variant!r}: expected one that doesn't follow from the FLOPs of {found.flops_of}")
     sections = variant_sections(comparison, found, comparison.settings.seeds[0], comparison.output)
     steps = sections["training"].get("steps")
     if isinstance(steps, int):

@@ -14,8 +14,8 @@ from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.pages import markdown, page, write_report
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
-from thoughtbubbles.comparison.statistics import Estimate
-from thoughtbubbles.comparison.tables import dial_table, interval, quality_table, tuning_table, verdict
+from thoughtbubbles.comparison.statistics import Estimate, interval
+from thoughtbubbles.comparison.tables import dial_table, quality_table, tuning_table, verdict
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity, token_losses
 from thoughtbubbles.loading import load_model
 

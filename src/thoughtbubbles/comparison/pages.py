@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from thoughtbubbles.comparison.control import control_lines
 from thoughtbubbles.comparison.figures import draw_figures
 from thoughtbubbles.comparison.results import Report
 from thoughtbubbles.comparison.tables import Table, tables
@@ -70,10 +71,11 @@ def page(report: Report, figures: Mapping[str, Path]) -> str:
 
 
 def status(report: Report) -> list[str]:
-    """What the report rests on, and what it lacks."""
+    """Which extra computation pays, first of all; then what the report rests on, and what it lacks."""
     lines = [
+        *control_lines(report.trials),
         f"Data {report.data['source']}, seeds {', '.join(map(str, report.seeds))}; all variants of a seed see the same "
-        "blocks in the same order."
+        "blocks in the same order.",
     ]
     if report.missing:
         lines.append(f"Not finished: {', '.join(report.missing)}.")

@@ -13,6 +13,7 @@ import numpy as np
 from thoughtbubbles.accounting import cache_bytes, decoding_flops, parameter_counts
 from thoughtbubbles.budget import budget_text
 from thoughtbubbles.comparison.compare import Progress, Tuned
+from thoughtbubbles.comparison.control import Trial, is_dense, kind_of, rate_caveat
 from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.comparison.statistics import Estimate, estimate, paired_difference, spread_of
@@ -113,6 +114,27 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Price:
+    """A variant that spends the training FLOPs of another one.
+
+    Attributes:
+        ours: its title.
+        theirs: that of the other one.
+        parameters: of its model.
+        tokens: of its training.
+        times_flops: its training FLOPs, as a share of the other's.
+        difference: its loss minus the other's; None if they have no seed in common.
+    """
+
+    ours: str
+    theirs: str
+    parameters: int
+    tokens: int
+    times_flops: float
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
 class Point:
     """Validation on the way: means over the seeds that got there.
 
@@ -145,6 +167,8 @@ class Report:
         failed: labels of runs that cannot go on, and why.
         tuned: losses of the rates tried and the best of them, by variant.
         variants: the rows.
+        trials: whether extra computation pays at all.
+        prices: what the FLOPs of a variant buy another one.
         pairs: differences that answer what a reader asks first.
         curves: by variant.
         settings: what it was made from: the sections of the recipe.
@@ -159,6 +183,8 @@ class Report:
     failed: dict[str, str]
     tuned: dict[str, Tuned]
     variants: list[VariantResult]
+    trials: list[Trial]
+    prices: list[Price]
     pairs: list[Pair]
     curves: dict[str, list[Point]]
     settings: dict[str, Any]
@@ -195,6 +221,8 @@ def build_report(planner: RunPlanner, progress: Progress) -> Report:
         failed=progress.failed,
         tuned=progress.tuned,
         variants=rows,
+        trials=_trials(planner, runs, found, progress.tuned),
+        prices=_prices(planner, rows, found),
         pairs=_pairs(planner, rows, found),
         curves={name: _curve(runs[name]) for name in ordered},
         settings={
@@ -287,6 +315,40 @@ def difference(found: Losses, ours: str, theirs: str) -> Estimate | None:
     return paired_difference(a, b)
 
 
+def _trials(
+    planner: RunPlanner, runs: Mapping[str, Sequence[Run]], found: Losses, tuned: Mapping[str, Tuned]
+) -> list[Trial]:
+    """What has more computation than the dense model of the comparison, but no more parameters or tokens."""
+    variants = planner.comparison.variants
+    equal = [name for name in runs if variants[name].tokens == 1 and variants[name].flops_of is None]
+    dense = next((name for name in equal if is_dense(runs[name][0].config)), None)
+    if dense is None:
+        return []
+    trials = []
+    for name in equal:
+        first, theirs = runs[name][0], runs[dense][0].config
+        kind = kind_of(first.config)
+        if kind is None or parameter_counts(first.config).blocks != parameter_counts(theirs).blocks:
+            continue
+        title = variants[name].title.format(budget=budget_text(str(first.config.exact_budget())))
+        sources = {each: variants[each].rate_of or each for each in (dense, name)}
+        trials.append(Trial(name, title, kind, difference(found, name, dense), rate_caveat(sources, tuned)))
+    return trials
+
+
+def _prices(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) -> list[Price]:
+    """The variants that spend another one's FLOPs, where both have finished runs."""
+    by_name = {row.name: row for row in rows}
+    prices = []
+    for row in rows:
+        other = by_name.get(planner.comparison.variants[row.name].flops_of or "")
+        if other is not None:
+            times = row.training_flops / other.training_flops
+            gap = difference(found, row.name, other.name)
+            prices.append(Price(row.title, other.title, row.parameters, row.tokens, times, gap))
+    return prices
+
+
 def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) -> list[Pair]:
     """Forks against none in training and at test time; part of the tokens against all of them."""
     titles = {row.name: row.title for row in rows}
@@ -317,7 +379,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
 def _whole(planner: RunPlanner, row: VariantResult) -> bool:
     """Whether a variant was trained on as many tokens as the recipe says."""
     variant = planner.comparison.variants[row.name]
-    return variant.tokens == 1 and variant.flops_of is None
+    return variant.tokens == 1 and (variant.flops_of is None or variant.spend != "tokens")
 
 
 def _seconds(folder: Path) -> list[float]:

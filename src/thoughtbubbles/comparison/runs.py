@@ -1,8 +1,10 @@
 """The runs of a comparison: what each variant trains, for how long, at which rate."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,13 @@ class RunPlanner:
     """
 
     def __init__(self, comparison: Comparison, verify: bool = False) -> None:
-        self.comparison = comparison
+        self.comparison = comparison  # until the data is known
         self._verify = verify
         first = self._recipe(Variant("base"), comparison.settings.seeds[0], Path())
         self.data = load_run_data(first, progress=False, verify=verify)
         self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
+        grown = {name: self._grown(name, variant) for name, variant in comparison.variants.items()}
+        self.comparison = replace(comparison, variants=grown)
         self._steps = {name: self._find_steps(variant) for name, variant in comparison.variants.items()}
 
     def describe(self) -> Iterator[str]:
@@ -114,14 +118,36 @@ class RunPlanner:
         """Optimizer steps of a variant, and by the way whether its model can be built."""
         recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
         config = build_config(recipe, self.data)
-        if variant.flops_of is None:
+        if variant.flops_of is None or variant.spend != "tokens":
             return max(1, round(variant.tokens * recipe.training.steps))
-        other = self.comparison.variants[variant.flops_of]
-        target = self._recipe(other, recipe.training.seed, Path())
-        meter = Meter(target, build_config(target, self.data), self.data.samples, target.training.batch_size)
-        flops = variant.tokens * meter.flops(max(1, round(other.tokens * target.training.steps)))
         step = recipe.training.batch_size * training_flops(config, self.data.longest)
-        return max(1, round(flops / step))
+        return max(1, round(variant.tokens * self._flops(variant.flops_of) / step))
+
+    def _flops(self, name: str) -> int:
+        """Floating-point operations that a variant of tokens of its own trains with."""
+        variant = self.comparison.variants[name]
+        recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
+        meter = Meter(recipe, build_config(recipe, self.data), self.data.samples, recipe.training.batch_size)
+        return meter.flops(max(1, round(variant.tokens * recipe.training.steps)))
+
+    def _grown(self, name: str, variant: Variant) -> Variant:
+        """The variant, its model as deep or wide as comes nearest to the FLOPs that it may spend.
+
+        Raises:
+            RecipeError: if its model costs more than those as it is.
+        """
+        if variant.flops_of is None or variant.spend == "tokens":
+            return variant
+        recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
+        settings, config = recipe.training, build_config(recipe, self.data)
+        rows = max(1, round(variant.tokens * settings.steps)) * settings.batch_size
+        shape = grown_shape(config, variant.spend, self._flops(variant.flops_of) / rows, self.data.longest)
+        if shape is None:
+            raise RecipeError(
+                f"variants.{name}.flops_of={variant.flops_of}: expected a variant that trains with more FLOPs than "
+                f"{name} without more {variant.spend}"
+            )
+        return replace(variant, sections=lay_over(variant.sections, {"model": shape}))
 
     def _recipe(
         self, variant: Variant, seed: int, folder: Path, sections: Mapping[str, Mapping[str, Any]] | None = None
@@ -136,6 +162,40 @@ class RunPlanner:
         if data.longest != self.data.longest or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
             raise RecipeError(f"tuning.data={path}: expected the tokenizer and block size of {self.data.source}")
         return data
+
+
+def grown_shape(config: ThoughtbubblesConfig, spend: str, flops: float, length: int) -> dict[str, int] | None:
+    """Fields of the model of more `layers` or `width` whose training FLOPs a row come nearest to some.
+
+    Args:
+        config: of the model that grows; a wider one has as many heads, and an MLP wider in proportion.
+        spend: layers or width.
+        flops: of training on a row.
+        length: of a row in tokens.
+
+    Returns:
+        The fields; None where the model as it is costs more.
+    """
+    below: dict[str, int] | None = None
+    distance = 0.0
+    for shape in _larger_shapes(config, spend):
+        other = copy.deepcopy(config)
+        for field, value in shape.items():
+            setattr(other, field, value)
+        beyond = training_flops(other, length) - flops
+        if beyond >= 0:
+            return below if below is None or distance < beyond else shape
+        below, distance = shape, -beyond
+    return None
+
+
+def _larger_shapes(config: ThoughtbubblesConfig, spend: str) -> Iterator[dict[str, int]]:
+    if spend == "layers":
+        yield from ({"num_hidden_layers": layers} for layers in count(config.num_hidden_layers))
+        return
+    inner = config.intermediate_size or 4 * config.hidden_size
+    for hidden in count(config.hidden_size, 2 * config.num_attention_heads):
+        yield {"hidden_size": hidden, "intermediate_size": round(inner * hidden / config.hidden_size)}
 
 
 def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:

@@ -68,6 +68,13 @@ def estimate(values: npt.NDArray[np.float64]) -> Estimate:
     return Estimate(mean, mean - margin, mean + margin, seeds, blocks)
 
 
+def interval(estimate: Estimate) -> str:
+    """A difference and its interval."""
+    if math.isinf(estimate.low):
+        return f"{estimate.mean:+.4f}"
+    return f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+
+
 def spread_of(values: npt.ArrayLike) -> float | None:
     """Standard deviation over seeds; None for one."""
     array = np.asarray(values, dtype=np.float64)

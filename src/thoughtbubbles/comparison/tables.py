@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Report, VariantResult
-from thoughtbubbles.comparison.statistics import Estimate
+from thoughtbubbles.comparison.statistics import Estimate, interval
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ def tables(report: Report) -> Iterator[Table]:
     """All tables of a report."""
     yield quality_table(report)
     yield cost_table(report)
+    if report.prices:
+        yield prices_table(report)
     if report.pairs:
         yield pairs_table(report)
     if (dial := dial_table(report)).rows:
@@ -84,6 +86,23 @@ def cost_table(report: Report) -> Table:
     return _by_variant("Cost", report, columns, note)
 
 
+def prices_table(report: Report) -> Table:
+    """What the FLOPs of another variant buy a dense model."""
+    rows = [
+        [
+            price.ours,
+            price.theirs,
+            count(price.parameters),
+            count(price.tokens),
+            f"{price.times_flops:.2f}",
+            *(("", "") if price.difference is None else (interval(price.difference), verdict(price.difference))),
+        ]
+        for price in report.prices
+    ]
+    columns = ["variant", "against", "parameters", "training tokens", "times its FLOPs", "difference in loss", ""]
+    return Table("At equal training FLOPs", columns, rows)
+
+
 def pairs_table(report: Report) -> Table:
     """What a reader asks first."""
     rows = [[pair.ours, pair.theirs, interval(pair.difference), verdict(pair.difference)] for pair in report.pairs]
@@ -112,13 +131,6 @@ def tuning_table(report: Report) -> Table:
     tuning = report.settings["tuning"]
     note = f"Validation loss after {tuning['tokens']:.0%} of the tokens, on other data than the comparison's, one seed."
     return Table("Learning rates", ["variant", *(f"{rate:g}" for rate in rates), ""], cells, note)
-
-
-def interval(estimate: Estimate) -> str:
-    """A difference and its interval."""
-    if math.isinf(estimate.low):
-        return f"{estimate.mean:+.4f}"
-    return f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
 
 
 def verdict(estimate: Estimate) -> str:

@@ -17,7 +17,8 @@ class Variant:
         title: in tables and plots; {budget} stands for the model's budget.
         sections: what it says otherwise, by section: model and training.
         tokens: training tokens, as a share of the recipe's; the schedule shrinks or grows with it.
-        flops_of: the variant whose training FLOPs it may spend; its tokens follow from that.
+        flops_of: the variant whose training FLOPs it may spend.
+        spend: on what: `tokens`, more of them, or on as many tokens a model of more `layers` or `width`.
         rate_of: the variant whose tuned learning rate it takes; None tunes its own.
         elastic: train at the evaluation's budgets up to the model's own, one drawn for each step.
     """
@@ -26,6 +27,7 @@ class Variant:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens: float = 1.0
     flops_of: str | None = None
+    spend: str = "tokens"
     rate_of: str | None = None
     elastic: bool = False
 
@@ -38,6 +40,9 @@ _DENSE, _CAUSAL = _routed("dense", "none"), _routed("causal, budget {budget}", "
 SHIPPED: dict[str, Variant] = {
     "dense": _DENSE,
     "dense-flops": replace(_DENSE, title="dense, the FLOPs of causal", flops_of="causal", rate_of="dense"),
+    "looped": _routed("dense, all layers twice", "none", num_loops=2),
+    "deeper": replace(_DENSE, title="dense with more layers, the FLOPs of causal", flops_of="causal", spend="layers"),
+    "wider": replace(_DENSE, title="dense and wider, the FLOPs of causal", flops_of="causal", spend="width"),
     "dense-half": replace(_DENSE, title="dense, half the tokens", tokens=0.5, rate_of="dense"),
     "budget-1": _routed("budget 1: gates, no forks", "causal", budget=1),
     "fixed-gates": _routed("fixed gates, no forks", "causal", budget=1, gate_scores="fixed"),
@@ -58,7 +63,8 @@ SHIPPED: dict[str, Variant] = {
 
 # Of the recipe's tokens: more steps than can be counted are no steps.
 MOST_SHARE = 1_000_000
-OWN = ("title", "tokens", "flops_of", "rate_of", "elastic")
+OWN = ("title", "tokens", "flops_of", "spend", "rate_of", "elastic")
+SPENDING = ("tokens", "layers", "width")
 
 
 @dataclass
@@ -72,7 +78,8 @@ class VariantSection:
     model: dict[str, Any] = option("fields of the model", {})
     training: dict[str, Any] = option("keys of the training section", {})
     tokens: float = option("training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0)
-    flops_of: str | None = option("variant whose training FLOPs it may spend; its tokens follow from that", None)
+    flops_of: str | None = option("variant whose training FLOPs it may spend", None)
+    spend: str = option("on what: tokens, or on as many tokens a model of more layers or width", "tokens")
     rate_of: str | None = option("variant whose tuned learning rate it takes; null tunes its own", None)
     elastic: bool = option("train at the evaluation's budgets up to the model's own, one drawn for each step", False)
 
@@ -125,6 +132,10 @@ def _parse_variant(name: str, said: Any, listed: Mapping[str, Variant]) -> Varia
         values = {"title": name, **values}
     sections = lay_over(base.sections, {"model": section.model, "training": section.training})
     made = replace(base, sections=sections, **values)
+    if made.spend not in SPENDING:
+        raise RecipeError(f"variants.{name}.spend={shown(made.spend)}: expected one of {', '.join(SPENDING)}")
+    if made.spend != "tokens" and made.flops_of is None:
+        raise RecipeError(f"variants.{name}.spend={made.spend}: expected flops_of, whose training FLOPs are spent")
     if not 0 < made.tokens <= MOST_SHARE:
         raise RecipeError(
             f"variants.{name}.tokens={made.tokens}: expected a share of the recipe's tokens, above 0 and at most "
