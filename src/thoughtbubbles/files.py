@@ -1,15 +1,19 @@
 """Files and folders that are whole or absent: written under a temporary name, flushed to the disk, renamed."""
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
-from thoughtbubbles.errors import as_os_error, os_reason
+from thoughtbubbles.errors import InputError, as_os_error, one_line, os_reason
 
+Record = TypeVar("Record")
 # Met while writing, and said without the name of the file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -26,6 +30,65 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; what had the name before is replaced."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object that was written to a file.
+
+    Raises:
+        InputError: it is not there, cut short, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, one_line(error)) from None
+    if not isinstance(content, dict):
+        raise damaged(path, "it holds no JSON object")
+    return content
+
+
+def read_as(kind: type[Record], path: Path) -> Record:
+    """The dataclass whose fields were written to a file as a JSON object.
+
+    Raises:
+        InputError: as `read_record` does, or where a field is missing, unknown or of another type.
+    """
+    content, hints = read_record(path), typing.get_type_hints(kind)
+    for name in dict.fromkeys([*hints, *content]):
+        if name not in content or name not in hints or not _is_of(content[name], hints[name]):
+            raise damaged(path, f"{name} is missing, unknown or of a wrong type")
+    return kind(**content)
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    """What to raise of a record that is not as it was written."""
+    return InputError(f"{path} is damaged: {reason}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type: a plain one, a list or mapping of one, or one of several."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, each) for each in typing.get_args(hint))
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return True
+    if kind is list:
+        return isinstance(value, list) and all(_is_of(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values())
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folders that would have to be made for `path` to be one, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of some folders, the innermost first, that are there and empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
@@ -122,8 +185,14 @@ def sole_user(path: Path) -> Iterator[bool]:
 
     The lock goes with the process, however it ends. Where the platform or the file system has no locks, True.
     """
-    with path.open("ab") as file:
-        yield lock(file)
+    while True:
+        with path.open("ab") as file:
+            alone = lock(file)
+            # Whoever had it before may have removed the file in between.
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                continue
+            yield alone
+            return
 
 
 def lock(file: IO[bytes]) -> bool:

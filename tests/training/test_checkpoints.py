@@ -83,6 +83,73 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, best: int | None, kept
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in kept}
 
 
+OTHERS = ["checkpoint-backup", "checkpoint-3-copy", "checkpoint-007", "checkpoint-4.old", "checkpoint-", "checkpoint-٣"]
+
+
+def test_what_has_another_name_is_somebody_elses(tmp_path: Path) -> None:
+    for step in range(4):
+        write_checkpoint(tmp_path, step)
+    hidden = [".checkpoint-backup", ".checkpoint-5.mine", ".checkpoint-x.partial", ".checkpoint-5.partial.keep"]
+    for name in (*OTHERS, *hidden):
+        shutil.copytree(tmp_path / "checkpoint-3", tmp_path / name)
+    assert newest_sound(tmp_path, pytest.fail) == Checkpoint(tmp_path / "checkpoint-3", 3, None)
+    prune(tmp_path, keep=1)
+    clear_leavings(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", *OTHERS, *hidden}
+    assert all((tmp_path / name / "weights").is_file() for name in (*OTHERS, *hidden))
+
+
+def test_a_link_is_used_and_never_removed(tmp_path: Path) -> None:
+    for step in range(3):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-0").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-0").symlink_to("elsewhere")
+    prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [0, 2]
+    assert (tmp_path / "elsewhere" / "weights").is_file()
+
+
+def test_a_seal_of_another_step_is_damage(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 5)
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-10")
+    warnings: list[str] = []
+    assert newest_sound(tmp_path, warnings.append) == Checkpoint(tmp_path / "checkpoint-5", 5, None)
+    assert warnings == [f"checkpoint {tmp_path / 'checkpoint-10'} is damaged (seal.json is of step 5): not used"]
+    prune(tmp_path, keep=1)
+    assert (tmp_path / "checkpoint-10" / "weights").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "10"},
+        {"step": None},
+        {"step": True},
+        {"eval_loss": "1.5"},
+        {"files": {}},
+        {"files": []},
+        {"files": {"weights": 100}},
+        {"files": {"weights": [100]}},
+        {"files": {"weights": [100, "0"]}},
+    ],
+    ids=str,
+)
+def test_a_seal_of_wrong_types_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
+    write_checkpoint(tmp_path, 10)
+    path = tmp_path / "checkpoint-10" / "seal.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    warnings: list[str] = []
+    assert newest_sound(tmp_path, warnings.append) is None
+    assert warnings == [f"checkpoint {path.parent} is damaged (seal.json is missing or broken): not used"]
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    for step, loss in enumerate([float("nan"), 2.0, 1.0, float("-inf"), 3.0]):
+        write_checkpoint(tmp_path, step, loss)
+    prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [2, 4]
+
+
 def test_leavings_are_cleared(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 5)
     for name in (".checkpoint-7.partial", ".checkpoint-3.old"):
