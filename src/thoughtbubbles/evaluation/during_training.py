@@ -1,6 +1,5 @@
 """Benchmark scores at the evaluations of a training run: `training.eval_tasks` of a recipe."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +79,7 @@ class TaskScores(MetricsWriter):
                     error = scores.standard_error
                     row |= {name: scores.estimate, f"{name}_stderr": None if math.isnan(error) else error}
         model.train(was_training)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.append(row)
 
 
 def task_scores(recipe: Recipe) -> list[TaskScores]:

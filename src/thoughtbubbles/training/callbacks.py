@@ -1,7 +1,10 @@
 """What happens beside the steps of a run: metrics.jsonl, the progress display, thresholds."""
 
 import json
+import os
+import re
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.files import write_text
+from thoughtbubbles.progress import say
 from thoughtbubbles.threshold import update_thresholds
 
 SECONDS_BETWEEN_LINES = 10.0
 # More than any row takes.
 TAIL_BYTES = 1 << 16
+# What a row has by which its kind is known, and what it has then.
+NEEDED = {
+    "loss": ("loss", "tokens", "flops", "tokens_per_second"),
+    "eval_loss": ("eval_loss", "tokens", "flops"),
+}
+MOST_SHOWN = 10
 
 
 class ThresholdCallback(TrainerCallback):
@@ -29,7 +39,7 @@ class ThresholdCallback(TrainerCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends one JSON object a line: training rows and evaluation rows.
+    """Appends one JSON object a line, each on the disk before anything later is: training rows and evaluation rows.
 
     Every row has `step`, `tokens` (seen so far) and `flops` (spent on training so far). A training row adds `loss`
     (nats per token, mean since the last row) and `perplexity`, `learning_rate`, `grad_norm` (before clipping),
@@ -43,10 +53,15 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the rows of steps that an interrupted run took after its last checkpoint."""
-        if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        """Drop the rows of steps that an interrupted run took after its last checkpoint, and what is no row."""
+        if not (state.is_world_process_zero and self.path.exists()):
+            return
+        rows, dropped = read_rows(self.path)
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if dropped:
+            lines = ", ".join(map(str, dropped[:MOST_SHOWN])) + ", ..." * (len(dropped) > MOST_SHOWN)
+            say(f"{self.path}: dropped line {lines}: expected rows of numbers, of each step one", enabled=True)
 
     def on_log(
         self,
@@ -60,16 +75,35 @@ class MetricsWriter(TrainerCallback):
         if state.is_world_process_zero:
             row = {"step": state.global_step, **(logs or {})}
             row.pop("epoch", None)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self.append(row)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row; when this returns it is on the disk, so that no checkpoint is there without the rows before."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none if it is absent. A last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a metrics.jsonl; none if it is absent. What is no row is left out."""
+    return read_rows(path)[0] if path.exists() else []
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a metrics.jsonl or tasks.jsonl by their steps, and which lines, counted from 1, are none.
+
+    A row is an object of numbers. Of several of one step and kind the first is taken.
+    """
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    dropped = []
+    for number, line in enumerate(_lines(path.read_bytes()), 1):
+        row = _row(line)
+        if row is None or (place := (row["step"], "eval_loss" in row)) in rows:
+            dropped.append(number)
+        else:
+            rows[place] = row
+    return [rows[place] for place in sorted(rows)], dropped
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
@@ -78,12 +112,27 @@ def last_metrics(path: Path) -> dict[str, Any]:
         return {}
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = _lines(file.read())
+    return next((row for line in reversed(lines) if (row := _row(line)) is not None), {})
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """The lines with their ends: only `\\n` is one, and the last line may lack it."""
+    return re.findall(rb"[^\n]*\n|[^\n]+", content)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None if it holds none, or was cut short."""
     try:
-        row: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:  # a row longer than the tail
-        return {}
-    return row
+        row = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    if not all(type(value) in (int, float, type(None)) for value in row.values()):
+        return None
+    needed = next((names for kind, names in NEEDED.items() if kind in row), ())
+    return row if all(row.get(name) is not None for name in needed) else None
 
 
 class ProgressDisplay(TrainerCallback):
