@@ -1,6 +1,8 @@
 """Runs on streamed data: going on, several processes, sources that fail, recipes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -199,6 +201,22 @@ def test_a_run_does_not_go_on_with_files_that_changed(tmp_path: Path, tiny_data:
         file.write('{"text": "more"}\n')
     with pytest.raises(RecipeError, match=r"holds a run on other data: .*\*\.jsonl, .*\.parquet has changed since"):
         train(recipe, progress=False)
+
+
+def test_a_run_goes_on_with_files_that_were_touched_or_copied(
+    tmp_path: Path, whole_run: Path, tiny_data: PreparedData
+) -> None:
+    texts = write_texts(tmp_path / "texts")
+    recipe = stream_recipe(tmp_path, texts, tiny_data)
+    with pytest.raises(KeyboardInterrupt):
+        train_with(recipe, Kill(at=5))
+    shutil.copytree(texts, tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(texts)
+    (tmp_path / "copy").rename(texts)
+    for file in texts.iterdir():
+        os.utime(file, (1, 1))
+    train(recipe, progress=False)
+    assert comparable(tmp_path / "run") == comparable(whole_run)
 
 
 def test_a_run_that_diverges_names_where_its_blocks_come_from(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.data.corpora import FileSource, Source, check_different, resolve_source
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.identity import stat_facts
 from thoughtbubbles.data.manifest import FORMAT_VERSION
 from thoughtbubbles.data.packing import token_type
 from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
@@ -138,12 +139,16 @@ def _resolve(names: Iterable[SourceName]) -> tuple[Source, ...]:
     return sources
 
 
-def source_facts(source: Source) -> Any:
-    """What tells a source from another one, or from itself after its files have changed, as JSON can hold it."""
+def source_facts(source: Source, files: Callable[[Sequence[Path]], Any] = stat_facts) -> Any:
+    """What tells a source from another one, or from itself after its files have changed, as JSON can hold it.
+
+    Args:
+        files: tells the files of one from those of another.
+    """
     # Left out where there is none, so that what was prepared before there were templates counts as the same.
     template = {} if source.template is None else {"template": source.template}
     if isinstance(source, FileSource):
-        return {"files": _files(source.files), "field": source.field, **template}
+        return {"files": files(source.files), "field": source.field, **template}
     return {
         **template,
         "hub": str(source.folder or source.dataset),
@@ -152,13 +157,8 @@ def source_facts(source: Source) -> Any:
         "field": source.field,
         "revision": source.revision,
         "data_files": source.data_files,
-        "files": _files(source.files()),
+        "files": files(source.files()),
     }
-
-
-def _files(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    facts = [(str(path), path.stat()) for path in paths]
-    return [(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts]
 
 
 def _hash(facts: Mapping[str, Any]) -> str:

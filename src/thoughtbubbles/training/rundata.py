@@ -14,6 +14,7 @@ from torch import Tensor
 from thoughtbubbles.data import DataError, PreparedData, load_prepared, resolve_source
 from thoughtbubbles.data.corpora import check_different
 from thoughtbubbles.data.heldout import HeldOut
+from thoughtbubbles.data.identity import content_facts
 from thoughtbubbles.data.job import source_facts
 from thoughtbubbles.data.mixture import BlockMixture
 from thoughtbubbles.data.packing import token_type
@@ -211,7 +212,7 @@ def _load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress:
         window=max(1, section.shuffle_blocks // lanes),
     )
     blocks = StreamMixture(shards, list(section.stream.values()), packing, settings.steps * settings.batch_size)
-    facts = json.dumps([source_facts(source) for source in sources], sort_keys=True)
+    facts = json.dumps([source_facts(source, content_facts) for source in sources], sort_keys=True)
     fingerprints = [corpus.manifest.fingerprint for corpus in corpora]
     return RunData(
         samples=StreamedBlocks(blocks, lanes, manifest.block_size),
