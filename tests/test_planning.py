@@ -1,6 +1,7 @@
 """Plans: what the parts cost comes from accounting, what a run costs is what a run then measures."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,13 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("none.yaml", {}, "none.yaml: no such file"),
     (str(Path(__file__).parent), {}, "expected a folder with config.json"),
     ("nano", {"length": 0}, "length=0: expected more than 0"),
+    ("nano", {"length": 10**400}, "expected more than 0 and at most 16,777,216"),
+    ("nano", {"batch_size": 10**30, "memory": "1KB"}, "expected more than 0 and at most 1,048,576"),
+    ("nano", {"gpus": 10**5000}, "gpus=a number of thousands of digits: expected more than 0"),
+    ("nano", {"tokens": math.nan}, "tokens=nan: expected more than 0"),
+    ("nano", {"device_flops": 1e300}, "device_flops=1e+300: expected more than 0 and at most 1e+30"),
+    ("nano", {"memory": f"{'9' * 400}GB"}, "expected an amount such as 80GB or 24GiB"),
+    ("nano", {"budget": "1e30000000"}, "budget='1e30000000': expected a number of streams per token"),
     ("nano", {"batch_size": -1}, "batch_size=-1: expected more than 0"),
     ("nano", {"tokens": float("inf")}, "tokens=inf: expected"),
     ("nano", {"budget": "0.5"}, "budget='0.5': expected"),
@@ -339,3 +347,22 @@ def test_a_batch_that_micro_batches_cannot_share(tmp_path: Path, tiny_data: Prep
     (tmp_path / "micro.yaml").write_text(tiny_recipe(tmp_path, tiny_data.path, "training.micro_batch_size=2").to_yaml())
     with pytest.raises(InputError, match=r"training\.micro_batch_size=2: expected a divisor of 7"):
         make_plan(str(tmp_path / "micro.yaml"), batch_size=7)
+
+
+def test_very_many_steps_are_planned_at_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    budgets = "training: {output: o, steps: 2147483647, batch_size: 4, training_budgets: [1, 2]}\n"
+    recipe.write_text("model: {preset: nano}\ndata: {path: nowhere}\n" + budgets)
+    plan = make_plan(str(recipe))
+    config = ThoughtbubblesConfig.preset("nano")
+    assert plan.run is not None
+    each = [training_flops(config, plan.length, budget) for budget in (1, 2)]
+    assert plan.run.flops == pytest.approx(4 * 2147483647 * sum(each) / 2, rel=1e-2)
+
+
+def test_tokens_of_very_many_steps_are_counted_at_once(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = tiny_recipe(tmp_path, tiny_data.path, "training.steps=2147483647")
+    meter = Meter(recipe, ThoughtbubblesConfig.preset("nano"), load_run_data(recipe).samples, 2)
+    assert meter.tokens(2147483647) == 2147483647 * 4 * BLOCK
+    assert (meter.tokens(3), meter.tokens(5)) == (3 * 4 * BLOCK, 5 * 4 * BLOCK)
+    assert meter.flops(5) == 20 * training_flops(ThoughtbubblesConfig.preset("nano"), BLOCK)

@@ -1,10 +1,14 @@
 """Memory of one process among several that train a model together."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from thoughtbubbles.accounting import WIDE, StateBytes, item_bytes, parameter_counts, state_bytes
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.training.recipe import SHARDINGS
+
+USABLE_MEMORY = 0.9
+"""Share of a device's memory that is counted on: libraries and fragmentation take the rest."""
 
 
 def process_bytes(
@@ -48,6 +52,18 @@ def process_bytes(
         loss=whole.loss,
         exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )
+
+
+def largest_micro_batch(share: int, total: Callable[[int], int], usable: float) -> int | None:
+    """Rows of the largest micro-batch that divides a device's share of the batch and fits; None if not even one does.
+
+    Args:
+        share: rows of the batch that one device gets.
+        total: bytes of training with so many rows.
+        usable: bytes of the device that are counted on.
+    """
+    divisors = (rows for rows in range(share, 0, -1) if share % rows == 0)
+    return next((rows for rows in divisors if total(rows) <= usable), None)
 
 
 def _groups(config: ThoughtbubblesConfig) -> tuple[int, int]:

@@ -131,6 +131,7 @@ def _no_comparison(variant: str) -> InputError:
 def _sections_of_variant(content: Mapping[str, Any], name: str, variant: str | None) -> dict[str, Any]:
     from thoughtbubbles.comparison.recipe import parse_comparison
     from thoughtbubbles.comparison.runs import variant_sections
+    from thoughtbubbles.training.recipe import MOST
 
     comparison = parse_comparison(content)
     if variant not in comparison.variants:
@@ -141,7 +142,7 @@ def _sections_of_variant(content: Mapping[str, Any], name: str, variant: str | N
         raise InputError(f"variant={variant!r}: expected one that doesn't follow from the FLOPs of {found.flops_of}")
     sections = variant_sections(comparison, found, comparison.settings.seeds[0], comparison.output)
     steps = sections["training"].get("steps")
-    if isinstance(steps, int):
+    if isinstance(steps, int) and 0 < steps <= MOST:  # otherwise refused when they are read
         sections["training"]["steps"] = max(1, round(found.tokens * steps))
     return sections
 

@@ -23,16 +23,19 @@ from thoughtbubbles.accounting import (
     tokens_at_equal_flops,
     training_flops,
 )
-from thoughtbubbles.budget import Budget, parse_budget
+from thoughtbubbles.budget import MAX_TOKENS, Budget, parse_budget
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.parallel import process_bytes
+from thoughtbubbles.errors import InputError, shown
+from thoughtbubbles.parallel import USABLE_MEMORY, largest_micro_batch, process_bytes
 from thoughtbubbles.plan_job import Job, at_budget, read_job
 from thoughtbubbles.training.recipe import SHARDINGS
 
 DEFAULT_MFU = 0.4
-USABLE_MEMORY = 0.9
-"""Share of a device's memory that a plan fills: libraries and fragmentation take the rest."""
+# No batch or cluster has more, and no run or device comes near.
+MOST_ROWS = 2**20
+MOST_AMOUNT = 1e30
+# Steps whose budgets are drawn one by one.
+MOST_DRAWN = 1_000_000
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -214,7 +217,11 @@ def make_plan(
     Raises:
         InputError: naming the value and what was expected.
     """
-    _check_above_zero(length=length, batch_size=batch_size, tokens=tokens, device_flops=device_flops, gpus=gpus)
+    _check_number("length", length, MAX_TOKENS)
+    for option, value in (("batch_size", batch_size), ("gpus", gpus)):
+        _check_number(option, value, MOST_ROWS)
+    for option, amount in (("tokens", tokens), ("device_flops", device_flops)):
+        _check_number(option, amount, MOST_AMOUNT)
     _check_mfu(mfu, device_flops)
     _check_sharding(sharding, gpus)
     _check_precision(precision)
@@ -251,15 +258,15 @@ def parse_bytes(text: str) -> float:
         InputError: if it is none.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    if found is None or found[2].upper() not in UNITS or not float(found[1]) > 0:
-        raise InputError(f"memory={text!r}: expected an amount such as 80GB or 24GiB")
-    return float(found[1]) * UNITS[found[2].upper()]
+    amount = 0.0 if found is None else float(found[1]) * UNITS.get(found[2].upper(), 0)
+    if not 0 < amount < math.inf:
+        raise InputError(f"memory={shown(text)}: expected an amount such as 80GB or 24GiB")
+    return amount
 
 
-def _check_above_zero(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{name}={value}: expected more than 0")
+def _check_number(name: str, value: float | None, most: float) -> None:
+    if value is not None and not 0 < value <= most:
+        raise InputError(f"{name}={shown(value)}: expected more than 0 and at most {most:,}")
 
 
 def _check_mfu(mfu: float | None, device_flops: float | None) -> None:
@@ -332,13 +339,14 @@ def _run(job: Job, steps: int, rate: float | None) -> Run:
 
 
 def _steps_by_budget(job: Job, steps: int) -> dict[Fraction, int]:
-    """How many of the steps train at each budget."""
+    """How many of the steps train at each budget; of very many about as many."""
     if not job.budgets:
         return {job.config.exact_budget(): steps}
     from thoughtbubbles.training.meter import budget_of_step
 
-    drawn = (parse_budget(budget_of_step(job.budgets, job.seed, step)) for step in range(1, steps + 1))
-    return Counter(drawn)
+    counted = min(steps, MOST_DRAWN)
+    drawn = Counter(parse_budget(budget_of_step(job.budgets, job.seed, step)) for step in range(1, counted + 1))
+    return {budget: round(Fraction(count * steps, counted)) for budget, count in drawn.items()}
 
 
 def _fit(job: Job, devices: _Devices, memory: float) -> Fit:
@@ -354,6 +362,4 @@ def _fit(job: Job, devices: _Devices, memory: float) -> Fit:
 
 def _largest_micro_batch(job: Job, devices: _Devices, usable: float) -> int | None:
     """Rows of the largest micro-batch that divides a device's share of the batch and fits."""
-    share = job.batch_size // devices.gpus
-    divisors = (rows for rows in range(share, 0, -1) if share % rows == 0)
-    return next((rows for rows in divisors if _memory(job, devices, rows).total <= usable), None)
+    return largest_micro_batch(job.batch_size // devices.gpus, lambda rows: _memory(job, devices, rows).total, usable)

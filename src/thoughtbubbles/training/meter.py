@@ -53,11 +53,16 @@ class Meter:
             self._step, self._tokens = 0, 0
             self._rows.clear()
         batch, micro = self._settings.batch_size, self._micro_batch_size
-        budgets = self._settings.training_budgets
+        budgets, length = self._settings.training_budgets, self._samples.uniform_length
+        if length is not None and budgets is None:
+            self._tokens += (step - self._step) * batch * length
+            self._rows[length, None] += (step - self._step) * batch
+            self._step = step
+            return
         for number in range(self._step + 1, step + 1):
             budget = None if budgets is None else str(budget_of_step(budgets, self._settings.seed, number))
             first = (number - 1) * batch
-            if (length := self._samples.uniform_length) is not None:
+            if length is not None:
                 self._tokens += batch * length
                 self._rows[length, budget] += batch
                 continue
