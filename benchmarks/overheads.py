@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.training.folder import METRICS_NAME
 from thoughtbubbles.training.recipe import load_recipe
-from thoughtbubbles.training.run import METRICS_NAME, build_arguments, build_config, build_model, build_trainer
+from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
 from thoughtbubbles.training.rundata import collate_blocks, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer
 

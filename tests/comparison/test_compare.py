@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.comparison.conftest import tiny_comparison, write_recipe
@@ -14,6 +16,8 @@ from tests.training.test_run import comparable
 from thoughtbubbles.cli import app
 from thoughtbubbles.comparison import pool
 from thoughtbubbles.comparison.compare import carry_out, look
+from thoughtbubbles.comparison.pages import write_report
+from thoughtbubbles.comparison.results import build_report
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError, RunError
@@ -70,6 +74,46 @@ def test_measuring_anew_trains_nothing(finished: RunPlanner, monkeypatch: pytest
     data = Path(finished.comparison.base["data"]["path"])
     other = tiny_comparison(folder, data, "evaluation.blocks=4")
     assert not pool.is_done(run, other.evaluation)
+
+
+@pytest.mark.parametrize("name", ["measurements.json", "summary.json", "run.json"])
+def test_a_record_that_is_damaged_is_named(
+    tmp_path: Path, tiny_data: PreparedData, finished: RunPlanner, name: str
+) -> None:
+    shutil.copytree(finished.comparison.output, tmp_path / "out")
+    record = tmp_path / "out" / "runs" / "dense" / "seed-0" / name
+    text = record.read_text()
+    for content in ("", text[: len(text) // 2], "[]", '{"settings": 1}'):
+        record.write_text(content)
+        with pytest.raises(InputError, match=rf"dense/seed-0/{name} is damaged: ") as caught:
+            write_report(
+                build_report(planner := RunPlanner(tiny_comparison(tmp_path, tiny_data.path)), look(planner)), tmp_path
+            )
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("output", ["{folder}/file", "/proc/x"])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, tiny_data: PreparedData, output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    output = output.format(folder=tmp_path)
+    with pytest.raises(InputError, match=rf"^output={output}: .*expected a folder to write to"):
+        carry_out(RunPlanner(tiny_comparison(tmp_path, tiny_data.path, f"output={output}")), progress=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_report_that_cannot_be_written_is_a_line(tmp_path: Path, finished: RunPlanner) -> None:
+    (tmp_path / "plots").write_text("mine")
+    with pytest.raises(RunError, match=r"^report in .*: .*; the runs are whole"):
+        write_report(build_report(finished, look(finished)), tmp_path)
+
+
+def test_memory_that_runs_out_when_measuring_is_a_line(finished: RunPlanner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(pool, "measure", fail)
+    with pytest.raises(RunError, match=r"when measuring: evaluation\.batch_size=16, expected a smaller one"):
+        pool._measure(finished.runs({})[0], finished.comparison.evaluation)
 
 
 def test_two_comparisons_do_not_share_a_folder(finished: RunPlanner) -> None:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,37 @@ def test_tuned_rates_reach_those_that_share_them(
 def test_a_bad_variant_is_refused_before_anything_is_trained(tmp_path: Path, tiny_data: PreparedData) -> None:
     with pytest.raises(RecipeError, match=r"model\.hidden_size=15: expected"):
         planner(tmp_path, tiny_data, variants="{dense: , odd: {model: {hidden_size: 15}}}")
+
+
+def test_a_model_or_micro_batch_that_cannot_be_is_refused_before_anything_is_made(
+    tmp_path: Path, tiny_data: PreparedData
+) -> None:
+    wide = "{dense: , wide: {model: {hidden_size: 100000000, num_attention_heads: 50000000}}}"
+    with pytest.raises(RecipeError, match=r"model\.hidden_size=100000000, .* whose weights take .* GB"):
+        planner(tmp_path, tiny_data, variants=wide)
+    with pytest.raises(RecipeError, match=r"training\.micro_batch_size=3: expected a divisor of 4"):
+        planner(tmp_path, tiny_data, "training.micro_batch_size=3")
+    elastic = "{dense: , causal-elastic: {model: {budget: 1e30000000}}}"
+    with pytest.raises(RecipeError, match=r"model\.budget='1e30000000': expected a number of streams per token"):
+        planner(tmp_path, tiny_data, variants=elastic)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_a_comparison_compute_in_the_precision_of_the_first(
+    tmp_path: Path, tiny_data: PreparedData, finished: RunPlanner
+) -> None:
+    variants = "[dense, budget-1, copy-root, topk, causal, causal-half]"
+    kept = {run.recipe.training.precision for run in planner(tmp_path, tiny_data, variants=variants).runs({})}
+    assert kept == {"auto"}
+    shutil.copytree(finished.comparison.output, tmp_path / "out")
+    recipes = sorted((tmp_path / "out" / "runs").glob("*/*/recipe.yaml"))
+    # The first one was asked for by name, and says nothing of the others.
+    recipes[0].write_text(recipes[0].read_text().replace("precision: auto", "precision: float32"))
+    for each in recipes[1:]:
+        facts = json.loads((each.parent / "run.json").read_text())
+        (each.parent / "run.json").write_text(json.dumps({**facts, "precision": "bfloat16"}))
+    again = planner(tmp_path, tiny_data, variants=variants)
+    assert {run.recipe.training.precision for run in again.runs({})} == {"bfloat16"}
+    own = "{dense: {training: {precision: float32}}, causal: }"
+    mixed = planner(tmp_path, tiny_data, variants=own).runs({})
+    assert [run.recipe.training.precision for run in mixed[:2]] == ["float32", "bfloat16"]

@@ -1,6 +1,7 @@
 """Carries a comparison out: tune, train, measure, report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from thoughtbubbles.comparison.display import display
 from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all
 from thoughtbubbles.comparison.recipe import Comparison
 from thoughtbubbles.comparison.runs import Run, RunPlanner
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.files import sole_user
-from thoughtbubbles.training.run import LOCK_NAME, RECIPE_NAME, SUMMARY_NAME, RunSummary, check_same_run
+from thoughtbubbles.errors import InputError, RunError, one_line
+from thoughtbubbles.files import missing_folders, remove_empty, sole_user
+from thoughtbubbles.training.folder import LOCK_NAME, RECIPE_NAME, SUMMARY_NAME, check_same_run
+from thoughtbubbles.training.run import RunSummary
 from thoughtbubbles.training.rundata import RunData
 
 
@@ -57,18 +59,14 @@ def carry_out(planner: RunPlanner, jobs: int = 1, progress: bool = True) -> Prog
         progress: show progress on standard error.
 
     Raises:
-        InputError: if the folder is in use by another comparison, or holds runs of other recipes or on other data, or
-            something else.
+        InputError: if the folder cannot be written, is in use by another comparison, or holds runs of other recipes or
+            on other data, or something else.
+        RunError: if the disk is full or fails.
         RunInterrupted: after a signal, when every run is saved.
     """
     comparison = planner.comparison
     _check_output(comparison.output)
-    comparison.output.mkdir(parents=True, exist_ok=True)
-    with sole_user(comparison.output / LOCK_NAME) as alone:
-        if not alone:
-            raise InputError(
-                f"output={comparison.output} is in use by another comparison: expected a folder of its own"
-            )
+    with _claimed(comparison.output):
         tuning = planner.tuning_runs()
         _check_unchanged(tuning, planner.tuning_data)
         with display("tuning", progress and bool(tuning)) as shown:
@@ -84,6 +82,25 @@ def carry_out(planner: RunPlanner, jobs: int = 1, progress: bool = True) -> Prog
 def _check_output(folder: Path) -> None:
     if folder.is_dir() and not (folder / LOCK_NAME).exists() and any(folder.iterdir()):
         raise InputError(f"output={folder}: expected a new or empty folder, or that of a comparison to go on with")
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """The folder of a comparison, made if it is not there and locked while the block runs."""
+    made = missing_folders(output)
+    with ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(sole_user(output / LOCK_NAME))
+        except OSError as error:
+            remove_empty(made)
+            raise InputError(f"output={output}: {error.strerror}, expected a folder to write to") from None
+        if not alone:
+            raise InputError(f"output={output} is in use by another comparison: expected a folder of its own")
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{output}: {one_line(error)}; start again to go on") from error
 
 
 def look(planner: RunPlanner) -> Progress:

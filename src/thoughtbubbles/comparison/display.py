@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.training.callbacks import last_metrics
-from thoughtbubbles.training.run import METRICS_NAME
+from thoughtbubbles.training.folder import METRICS_NAME
 
 SECONDS_BETWEEN_LINES = 60.0
 

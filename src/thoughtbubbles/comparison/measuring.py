@@ -14,7 +14,7 @@ from thoughtbubbles.comparison.recipe import EvaluationSection
 from thoughtbubbles.configuration import ThoughtbubblesConfig
 from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.evaluation.perplexity import token_losses
-from thoughtbubbles.files import write_text
+from thoughtbubbles.files import read_as, write_text
 from thoughtbubbles.loading import load_model
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.training.rundata import RunData
@@ -41,9 +41,13 @@ class Measurements:
 
     @classmethod
     def read(cls, folder: Path) -> "Measurements | None":
-        """Those of a run, or None if there are none."""
+        """Those of a run, or None if there are none.
+
+        Raises:
+            InputError: if they are not as they were written; removed, they are made again.
+        """
         path = folder / MEASUREMENTS_NAME
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_as(cls, path) if path.exists() else None
 
     def write(self, folder: Path) -> None:
         """Write measurements.json, whole or not at all."""

@@ -13,6 +13,7 @@ from thoughtbubbles.comparison.control import control_lines
 from thoughtbubbles.comparison.figures import draw_figures
 from thoughtbubbles.comparison.results import Report
 from thoughtbubbles.comparison.tables import Table, tables
+from thoughtbubbles.errors import RunError, one_line
 from thoughtbubbles.files import write_text
 
 STYLE = """
@@ -28,7 +29,18 @@ img { max-width: 100%; background: white; border-radius: 4px; }
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json (with the tables as they are shown), report.md, report.html and plots/*.png."""
+    """Write report.json (with the tables as they are shown), report.md, report.html and plots/*.png.
+
+    Raises:
+        RunError: if the disk is full or fails.
+    """
+    try:
+        _write_report(report, folder)
+    except OSError as error:
+        raise RunError(f"report in {folder}: {one_line(error)}; the runs are whole") from error
+
+
+def _write_report(report: Report, folder: Path) -> None:
     figures = draw_figures(report, folder / "plots")
     content = {**asdict(report), "status": status(report), "tables": [asdict(table) for table in tables(report)]}
     write_text(folder / "report.json", json.dumps(_finite(content), indent=2) + "\n")

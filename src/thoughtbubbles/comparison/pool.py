@@ -1,6 +1,5 @@
 """Trains and measures the runs of a comparison, several at a time, each in a process of its own."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -8,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,8 +18,10 @@ from thoughtbubbles.comparison.recipe import EvaluationSection
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.files import sole_user, write_text
+from thoughtbubbles.training.folder import LOCK_NAME, SUMMARY_NAME, read_facts
 from thoughtbubbles.training.interruption import stop_on_signals
-from thoughtbubbles.training.run import LOCK_NAME, RUN_NAME, SUMMARY_NAME, train
+from thoughtbubbles.training.memory import is_out_of_memory
+from thoughtbubbles.training.run import train
 from thoughtbubbles.training.rundata import load_run_data
 from thoughtbubbles.training.trainer import DIVERGED_NAME
 
@@ -75,7 +76,7 @@ def is_done(run: Run, evaluation: EvaluationSection | None) -> bool:
         return False
     if evaluation is None:
         return True
-    identity = json.loads((run.folder / RUN_NAME).read_text(encoding="utf-8"))["data"]
+    identity = read_facts(run.folder)["data"]
     found = Measurements.read(run.folder)
     return found is not None and found.settings == measurement_settings(evaluation, identity)
 
@@ -143,12 +144,23 @@ def _work(run: Run, evaluation: EvaluationSection | None) -> None:
         try:
             train(run.recipe)
             if evaluation is not None and not is_done(run, evaluation):
-                measure(run.folder, load_run_data(run.recipe, progress=False), evaluation)
+                _measure(run, evaluation)
         except RunInterrupted:
             return
         except (InputError, RunError) as error:
             write_text(_log(run, "error"), f"{error}\n")
             sys.exit(FAILED)
+
+
+def _measure(run: Run, evaluation: EvaluationSection) -> None:
+    try:
+        measure(run.folder, load_run_data(run.recipe, progress=False), evaluation)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(
+                f"out of memory when measuring: evaluation.batch_size={evaluation.batch_size}, expected a smaller one"
+            ) from error
+        raise
 
 
 def _stop_with_parent() -> None:
@@ -168,7 +180,8 @@ def _wait_until_free(folder: Path) -> None:
     """Wait for the process of a comparison that was killed to save this run."""
     end = time.monotonic() + PATIENCE_SECONDS
     while folder.exists() and time.monotonic() < end:
-        with sole_user(folder / LOCK_NAME) as alone:
+        # A run that never began takes its folder with it.
+        with suppress(FileNotFoundError), sole_user(folder / LOCK_NAME) as alone:
             if alone:
                 return
         time.sleep(POLL_SECONDS)

@@ -1,6 +1,5 @@
 """What the finished runs of a comparison came to: report.json."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.comparison.statistics import Estimate, estimate, paired_difference, spread_of
 from thoughtbubbles.configuration import LEARNED_ROUTINGS
 from thoughtbubbles.training.callbacks import read_metrics
-from thoughtbubbles.training.run import METRICS_NAME, RUN_NAME, RunSummary
+from thoughtbubbles.training.folder import METRICS_NAME, read_facts
+from thoughtbubbles.training.run import RunSummary
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _machines(runs: Sequence[Run]) -> list[dict[str, str]]:
     """What the runs were made on, each kind once."""
     kinds = []
     for run in runs:
-        facts = json.loads((run.folder / RUN_NAME).read_text(encoding="utf-8"))
+        facts = read_facts(run.folder)
         del facts["data"]
         if facts not in kinds:
             kinds.append(facts)

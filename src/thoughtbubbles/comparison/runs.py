@@ -13,10 +13,12 @@ from thoughtbubbles.budget import parse_budget
 from thoughtbubbles.comparison.recipe import Comparison
 from thoughtbubbles.comparison.variants import Variant
 from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.training.folder import RECIPE_NAME, read_facts
+from thoughtbubbles.training.memory import check_weights
 from thoughtbubbles.training.meter import Meter
-from thoughtbubbles.training.recipe import Recipe, RecipeError, lay_over, parse_recipe
+from thoughtbubbles.training.recipe import Recipe, RecipeError, lay_over, load_recipe, parse_recipe
 from thoughtbubbles.training.run import build_config
-from thoughtbubbles.training.rundata import RunData, load_run_data
+from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RunPlanner:
 
     def __init__(self, comparison: Comparison, verify: bool = False) -> None:
         self.comparison = comparison  # until the data is known
+        self._precision = _precision_so_far(comparison.output)
         self._verify = verify
         first = self._recipe(Variant("base"), comparison.settings.seeds[0], Path())
         self.data = load_run_data(first, progress=False, verify=verify)
@@ -117,7 +120,8 @@ class RunPlanner:
     def _find_steps(self, variant: Variant) -> int:
         """Optimizer steps of a variant, and by the way whether its model can be built."""
         recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
-        config = build_config(recipe, self.data)
+        config = self._config(recipe)
+        check_batch(recipe, processes=1)
         if variant.flops_of is None or variant.spend != "tokens":
             return max(1, round(variant.tokens * recipe.training.steps))
         step = recipe.training.batch_size * training_flops(config, self.data.longest)
@@ -127,7 +131,7 @@ class RunPlanner:
         """Floating-point operations that a variant of tokens of its own trains with."""
         variant = self.comparison.variants[name]
         recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
-        meter = Meter(recipe, build_config(recipe, self.data), self.data.samples, recipe.training.batch_size)
+        meter = Meter(recipe, self._config(recipe), self.data.samples, recipe.training.batch_size)
         return meter.flops(max(1, round(variant.tokens * recipe.training.steps)))
 
     def _grown(self, name: str, variant: Variant) -> Variant:
@@ -139,7 +143,7 @@ class RunPlanner:
         if variant.flops_of is None or variant.spend == "tokens":
             return variant
         recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
-        settings, config = recipe.training, build_config(recipe, self.data)
+        settings, config = recipe.training, self._config(recipe)
         rows = max(1, round(variant.tokens * settings.steps)) * settings.batch_size
         shape = grown_shape(config, variant.spend, self._flops(variant.flops_of) / rows, self.data.longest)
         if shape is None:
@@ -149,10 +153,19 @@ class RunPlanner:
             )
         return replace(variant, sections=lay_over(variant.sections, {"model": shape}))
 
+    def _config(self, recipe: Recipe) -> ThoughtbubblesConfig:
+        """The configuration of a variant's model, one that this machine can hold."""
+        config = build_config(recipe, self.data)
+        check_weights(config)
+        return config
+
     def _recipe(
         self, variant: Variant, seed: int, folder: Path, sections: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Recipe:
-        return parse_recipe(lay_over(variant_sections(self.comparison, variant, seed, folder), sections or {}))
+        recipe = parse_recipe(lay_over(variant_sections(self.comparison, variant, seed, folder), sections or {}))
+        if recipe.training.precision == "auto" and self._precision is not None:
+            recipe.training.precision = self._precision
+        return recipe
 
     def _load_tuning_data(self, path: str) -> RunData:
         first = Variant("base", {})
@@ -196,6 +209,18 @@ def _larger_shapes(config: ThoughtbubblesConfig, spend: str) -> Iterator[dict[st
     inner = config.intermediate_size or 4 * config.hidden_size
     for hidden in count(config.hidden_size, 2 * config.num_attention_heads):
         yield {"hidden_size": hidden, "intermediate_size": round(inner * hidden / config.hidden_size)}
+
+
+def _precision_so_far(output: Path) -> str | None:
+    """What `auto` came to in the runs that a comparison has, wherever it began; None if it has none.
+
+    All its runs compute alike, so that they can be compared.
+    """
+    for kind in ("runs", "tuning"):
+        for path in sorted(output.glob(f"{kind}/*/*/{RECIPE_NAME}")):
+            if load_recipe(path).training.precision == "auto":
+                return str(read_facts(path.parent)["precision"])
+    return None
 
 
 def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:

@@ -4,37 +4,40 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.files import partial_path, replacing, sole_user, write_text
+from thoughtbubbles.errors import RunError, one_line
+from thoughtbubbles.files import partial_path, read_as, replacing, write_text
 from thoughtbubbles.loading import check_tokenizer
-from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.progress import say
 from thoughtbubbles.sharing import write_model_card
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
-from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound
+from thoughtbubbles.training.checkpoints import Checkpoint, newest_sound
+from thoughtbubbles.training.folder import (
+    CHECKPOINTS_NAME,
+    METRICS_NAME,
+    RECIPE_NAME,
+    SUMMARY_NAME,
+    RunFolder,
+    opened,
+    read_facts,
+)
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
+from thoughtbubbles.training.memory import TrainingMemory, is_out_of_memory
+from thoughtbubbles.training.precision import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.training.pretrained import gate_changes, start_from
-from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, differences, load_recipe, model_config
+from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, model_config
 from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
-from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full
-
-SUMMARY_NAME = "summary.json"
-RECIPE_NAME = "recipe.yaml"
-METRICS_NAME = "metrics.jsonl"
-RUN_NAME = "run.json"
-LOCK_NAME = ".lock"
-CHECKPOINTS_NAME = "checkpoints"
-LIBRARIES = ("accelerate", "datasets", "numpy")
+from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ class RunSummary:
 
     @classmethod
     def read(cls, folder: Path) -> "RunSummary":
-        """Read the summary of a finished run."""
-        return cls(**json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8")))
+        """Read the summary of a finished run.
+
+        Raises:
+            InputError: if it is not as it was written; removed, it is made again by the next start.
+        """
+        return read_as(cls, folder / SUMMARY_NAME)
 
 
 def train(
@@ -82,10 +89,11 @@ def train(
 ) -> RunSummary:
     """Train a model as a recipe says, or go on with a run that was interrupted.
 
-    Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity, the commit,
-    the machine and the libraries' versions), metrics.jsonl, checkpoints/, model/ (the trained model and its tokenizer)
-    and, last, summary.json. If the folder holds an unfinished run of this recipe, it goes on from its newest sound
-    checkpoint, and its metrics are those of a run that was never interrupted; a finished one is returned as it is.
+    Leaves in `training.output`: recipe.yaml (every default spelled out), run.json (the data's identity, the precision,
+    the commit, the machine and the libraries' versions), metrics.jsonl, checkpoints/, model/ (the trained model and its
+    tokenizer) and, last, summary.json; nothing if it fails before the first step is taken. If the folder holds an
+    unfinished run of this recipe, it goes on from its newest sound checkpoint, and its metrics are those of a run that
+    was never interrupted; a finished one is returned as it is.
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop.
 
@@ -95,9 +103,10 @@ def train(
         verify: check prepared data whole, whatever their size and however often it was done.
 
     Raises:
-        InputError: for data or model fields that cannot be used, or an output folder that holds something else, a
-            run of another recipe or on other data, or a run that another process is at.
-        RunError: if the disk is full, or the loss or its gradient is not finite.
+        InputError: for data or model fields that cannot be used, an output folder that cannot be written or that holds
+            something else, a run of another recipe or on other data, or a run that another process is at; or where
+            model or micro-batch do not fit into memory.
+        RunError: if the disk is full or fails, or the loss or its gradient is not finite.
         RunInterrupted: after a signal, when everything is saved.
     """
     output = Path(recipe.training.output)
@@ -106,10 +115,14 @@ def train(
     progress = progress and main
     data = load_run_data(recipe, progress, verify)
     config = build_config(recipe, data)
-    with stop_on_signals() as stop, _opened(recipe, data, output, arguments) as finished, _full_disk_said(output):
-        if finished is not None:
+    memory = _memory(recipe, config, data, arguments)
+    memory.check()
+    with stop_on_signals() as stop, _opened(recipe, data, arguments) as folder, _failures_said(output, memory):
+        if (output / SUMMARY_NAME).exists():
+            summary = RunSummary.read(output)
             say(f"{output} holds a finished run of this recipe: nothing to do", progress)
-            return finished
+            return summary
+        _say_precision(recipe, arguments, main)
         checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
         if checkpoint is not None:
             say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
@@ -118,7 +131,7 @@ def train(
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config, progress and checkpoint is None)
-        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress, callbacks)
+        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress, callbacks, folder)
         metrics = _run(trainer, data, stop)
         summary = _summarise(trainer, metrics)
         _save_model(trainer, output, summary)
@@ -143,59 +156,53 @@ def _run(trainer: BubbleTrainer, data: RunData, stop: StopRequest) -> dict[str, 
 
 
 @contextmanager
-def _opened(recipe: Recipe, data: RunData, output: Path, arguments: TrainingArguments) -> Iterator[RunSummary | None]:
-    """The folder, made ready for the run and locked while it lasts; the summary if it holds the finished run."""
-    stored = output / RECIPE_NAME
+def _opened(recipe: Recipe, data: RunData, arguments: TrainingArguments) -> Iterator[RunFolder]:
+    """The folder of the run, opened by the first process, for which the others wait."""
+    path = Path(recipe.training.output)
     if arguments.process_index > 0:
         torch.distributed.barrier()
-        yield RunSummary.read(output) if (output / SUMMARY_NAME).exists() else None
+        yield RunFolder(path, recipe, {}, begun=True)
         return
-    if not stored.exists() and output.exists() and any(path.name != LOCK_NAME for path in output.iterdir()):
-        raise RecipeError(f"training.output={output}: expected an empty or new folder, or that of a run to go on with")
-    output.mkdir(parents=True, exist_ok=True)
-    with sole_user(output / LOCK_NAME) as alone:
-        if not alone:
-            raise RecipeError(f"training.output={output} is in use by another run: expected a folder of its own")
-        if stored.exists():
-            check_same_run(recipe, data, output)
-        else:
-            facts = {"data": data.identity, **describe_machine(arguments.device.type)}
-            versions = {library: version(library) for library in LIBRARIES}
-            write_text(output / RUN_NAME, json.dumps({**facts, **versions}, indent=2) + "\n")
-            write_text(stored, recipe.to_yaml())
-        (output / CHECKPOINTS_NAME).mkdir(exist_ok=True)
-        clear_leavings(output / CHECKPOINTS_NAME)
+    with opened(recipe, data, path, _precision(arguments), arguments.device.type) as folder:
         if arguments.world_size > 1:
             torch.distributed.barrier()
-        yield RunSummary.read(output) if (output / SUMMARY_NAME).exists() else None
+        yield folder
 
 
-def check_same_run(recipe: Recipe, data: RunData, output: Path) -> None:
-    """Refuse to go on with the run in the folder `output` if it is of another recipe or on other data.
+def _precision(arguments: TrainingArguments) -> str:
+    return "bfloat16" if arguments.bf16 else "float32"
 
-    Raises:
-        RecipeError: saying what differs.
-    """
-    # Read as a recipe, so that a key that came into being since has its default.
-    stored, ours = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(output / RECIPE_NAME), recipe))
-    for key in ("output", "sharding"):  # a run may be moved, and shared otherwise
-        ours["training"][key] = stored["training"][key]
-    if changed := list(differences(stored, ours)):
-        raise RecipeError(f"training.output={output} holds a run of another recipe: {'; '.join(changed)}")
-    if json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["data"] != data.identity:
-        raise RecipeError(
-            f"training.output={output} holds a run on other data: {data.source} has changed since, expected "
-            "another output"
-        )
+
+def _say_precision(recipe: Recipe, arguments: TrainingArguments, main: bool) -> None:
+    """Warn of bfloat16 where it is emulated, as far as that is known."""
+    device = arguments.device.type
+    if arguments.bf16 and device in ("cpu", "cuda") and not has_bfloat16(device):
+        kept = recipe.training.precision == "auto"
+        reason = f"{recipe.training.output} began in it" if kept else "the recipe asks for it; expected auto or float32"
+        text = f"training.precision=bfloat16 is many times slower than float32 on this {device}"
+        say(f"{text}: {reason}", enabled=main)
+
+
+def _memory(
+    recipe: Recipe, config: ThoughtbubblesConfig, data: RunData, arguments: TrainingArguments
+) -> TrainingMemory:
+    micro = arguments.per_device_train_batch_size
+    precision, processes = _precision(arguments), arguments.world_size
+    return TrainingMemory(recipe, config, data.longest, micro, precision, processes, arguments.device)
 
 
 @contextmanager
-def _full_disk_said(output: Path) -> Iterator[None]:
+def _failures_said(output: Path, memory: TrainingMemory) -> Iterator[None]:
+    """Say in a line what no traceback helps with: a disk that is full or fails, and memory that has run out."""
     try:
         yield
     except OSError as error:
         if is_disk_full(error, output):
             raise disk_full(output / CHECKPOINTS_NAME) from error
+        raise RunError(f"{output}: {one_line(error)}; {last_checkpoint(output / CHECKPOINTS_NAME)}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise memory.exceeded() from error
         raise
 
 
@@ -256,18 +263,32 @@ def build_trainer(
     stop: StopRequest | None = None,
     progress: bool = False,
     more: Sequence[TrainerCallback] = (),
+    folder: RunFolder | None = None,
 ) -> BubbleTrainer:
     """The Trainer of a run with its callbacks, and `more` of them."""
     output = Path(recipe.training.output)
-    callbacks: list[TrainerCallback] = [MetricsWriter(output / METRICS_NAME), *more]
+    folder = folder or RunFolder(output, recipe, {}, begun=True)
+    callbacks: list[TrainerCallback] = [_Beginning(folder), MetricsWriter(output / METRICS_NAME), *more]
     if progress:
         callbacks.append(ProgressDisplay(output.name))
     if checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every):
         # A signal came during that evaluation.
         arguments.eval_on_start = True
     if "tensorboard" in recipe.training.report_to:
-        callbacks.append(_tensorboard(output, 0 if checkpoint is None else checkpoint.step))
-    return BubbleTrainer(recipe, model, data, arguments, checkpoint, stop or StopRequest(), callbacks)
+        callbacks.append(_Tensorboard(output / "tensorboard", 1 if checkpoint is None else checkpoint.step + 1))
+    stop = stop or StopRequest()
+    return BubbleTrainer(recipe, model, data, arguments, checkpoint, stop, callbacks, folder.begin)
+
+
+class _Beginning(TrainerCallback):
+    """Lets a run begin for good when its first step is taken."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called after each step, before anything of it is written."""
+        self._folder.begin()
 
 
 def _was_evaluated(output: Path, step: int, every: int) -> bool:
@@ -276,12 +297,34 @@ def _was_evaluated(output: Path, step: int, every: int) -> bool:
     return any("eval_loss" in row for row in read_metrics(output / METRICS_NAME) if row["step"] == step)
 
 
-def _tensorboard(output: Path, step: int) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
+class _Tensorboard(TrainerCallback):
+    """Reports to tensorboard, whose files are made with the first row.
 
-    # What an interrupted run wrote after its last checkpoint is not shown.
-    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=step + 1))
+    Args:
+        folder: of the files.
+        step: from which what an interrupted run wrote is not shown.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder = folder
+        self._step = step
+        self._callback: TensorBoardCallback | None = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called with each row."""
+        if self._callback is None and state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._callback = TensorBoardCallback(SummaryWriter(str(self._folder), purge_step=self._step))
+        if self._callback is not None:
+            self._callback.on_log(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the files."""
+        if self._callback is not None:
+            self._callback.on_train_end(args, state, control, **kwargs)
 
 
 def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
@@ -306,7 +349,7 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
             "decay_type": "linear",
         },
         warmup_steps=round(settings.warmup_fraction * settings.steps),
-        bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and _gpu_has_bfloat16()),
+        bf16=_decide_precision(recipe, output) == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
         logging_strategy="steps",
         logging_steps=settings.log_every,
@@ -343,8 +386,11 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     return arguments
 
 
-def _gpu_has_bfloat16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _decide_precision(recipe: Recipe, output: Path) -> str:
+    """What the run in a folder began in, or else what its recipe and this machine want."""
+    if recipe.training.precision == "auto" and (output / RECIPE_NAME).exists():
+        return str(read_facts(output)["precision"])
+    return choose_precision(recipe.training.precision, device_type())
 
 
 def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:

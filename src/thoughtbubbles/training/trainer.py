@@ -50,6 +50,7 @@ class BubbleTrainer(Trainer):
         checkpoint: to go on from.
         stop: says when a signal asks to stop.
         callbacks: beside its own.
+        begin: called before a batch that made the loss overflow is written down; the run has begun then.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class BubbleTrainer(Trainer):
         checkpoint: Checkpoint | None,
         stop: StopRequest,
         callbacks: list[TrainerCallback],
+        begin: Callable[[], None],
     ) -> None:
         self.recipe = recipe
         self.config = model.config
@@ -69,6 +71,7 @@ class BubbleTrainer(Trainer):
         self.checkpoint = checkpoint
         self.start = 0 if checkpoint is None else checkpoint.step
         self.stop = stop
+        self._begin = begin
         if isinstance(data.samples, StreamedBlocks) and checkpoint is not None:
             data.samples.load(checkpoint.folder)
         self.meter = Meter(recipe, model.config, data.samples, arguments.per_device_train_batch_size)
@@ -378,6 +381,7 @@ class BubbleTrainer(Trainer):
         }
         path = self.folder.parent / DIVERGED_NAME
         if self.is_world_process_zero():
+            self._begin()
             write_text(path, json.dumps(content, indent=2) + "\n")
         raise RunError(
             f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: stopped before the update. "
@@ -428,7 +432,7 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether an error says, or hides, that no space is left: some libraries raise a bare RuntimeError for it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 16
+    return "No space left" in str(error) or (folder.exists() and shutil.disk_usage(folder).free < 1 << 16)
 
 
 def disk_full(folder: Path) -> RunError:

@@ -1,0 +1,164 @@
+"""The folder of a run: whose it is, who is at it, and when the run has begun for good."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thoughtbubbles.errors import InputError, one_line
+from thoughtbubbles.files import (
+    damaged,
+    missing_folders,
+    partial_path,
+    read_record,
+    remove_empty,
+    sole_user,
+    write_text,
+)
+from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.training.checkpoints import clear_leavings
+from thoughtbubbles.training.recipe import Recipe, RecipeError, differences, load_recipe
+from thoughtbubbles.training.rundata import RunData
+
+SUMMARY_NAME = "summary.json"
+RECIPE_NAME = "recipe.yaml"
+METRICS_NAME = "metrics.jsonl"
+RUN_NAME = "run.json"
+LOCK_NAME = ".lock"
+CHECKPOINTS_NAME = "checkpoints"
+LIBRARIES = ("accelerate", "datasets", "numpy")
+# Change neither what is trained nor on what: a run may be moved, shared otherwise, and made to need less memory.
+FREE = ("output", "sharding", "micro_batch_size", "gradient_checkpointing")
+
+
+class RunFolder:
+    """The folder in which a run is.
+
+    Args:
+        path: of the folder.
+        facts: of the run, for run.json: the data's identity, the precision, the machine.
+        begun: whether a run has begun there.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, facts: dict[str, Any], begun: bool) -> None:
+        self.path = path
+        self.begun = begun
+        self._recipe = recipe
+        self._facts = facts
+
+    def begin(self) -> None:
+        """Write run.json and recipe.yaml: from now on the folder is that of this run.
+
+        Called when the first step is taken, after all that a wrong recipe makes fail.
+        """
+        if self.begun:
+            return
+        write_text(self.path / RUN_NAME, json.dumps(self._facts, indent=2) + "\n")
+        write_text(self.path / RECIPE_NAME, self._recipe.to_yaml())
+        self.begun = True
+
+
+@contextmanager
+def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: str) -> Iterator[RunFolder]:
+    """The folder of a run, made if it is not there and locked while the block runs.
+
+    If the run has not begun when the block ends, nothing of it stays.
+
+    Args:
+        precision: what the run computes in.
+        device: the type of device that it trains on.
+
+    Raises:
+        InputError: for a folder that cannot be written, that holds something else, a run of another recipe or on other
+            data, or one that another process is at.
+    """
+    if path.exists() and not (path / RECIPE_NAME).exists() and _holds_something(path):
+        raise RecipeError(f"training.output={path}: expected an empty or new folder, or that of a run to go on with")
+    made = missing_folders(path)
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(sole_user(path / LOCK_NAME))
+        except OSError as error:
+            remove_empty(made)
+            raise RecipeError(f"training.output={path}: {error.strerror}, expected a folder to write to") from None
+        if not alone:
+            raise RecipeError(f"training.output={path} is in use by another run: expected a folder of its own")
+        begun = (path / RECIPE_NAME).exists()
+        if begun:
+            check_same_run(recipe, data, path)
+            clear_leavings(path / CHECKPOINTS_NAME)
+        versions = {library: version(library) for library in LIBRARIES}
+        facts = {"data": data.identity, "precision": precision, **describe_machine(device), **versions}
+        folder = RunFolder(path, recipe, facts, begun)
+        try:
+            yield folder
+        finally:
+            if not folder.begun:
+                _leave_nothing(path, made)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What run.json says of the run in a folder: at least its data's identity and its precision.
+
+    Raises:
+        InputError: if it is not as it was written.
+    """
+    facts = read_record(path / RUN_NAME)
+    for name in ("data", "precision"):
+        if not isinstance(facts.get(name), str):
+            raise damaged(path / RUN_NAME, f"{name} is missing or no text")
+    return facts
+
+
+def check_same_run(recipe: Recipe, data: RunData, path: Path) -> None:
+    """Refuse to go on with the run in a folder if it is of another recipe or on other data.
+
+    Raises:
+        InputError: saying what differs, or that a record of the run is damaged.
+    """
+    facts = read_facts(path)
+    # Read as a recipe, so that a key that came into being since has its default.
+    stored, ours = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(path / RECIPE_NAME), recipe))
+    for key in FREE:
+        ours["training"][key] = stored["training"][key]
+    for each in (stored, ours):
+        if each["training"]["precision"] == "auto":
+            each["training"]["precision"] = facts["precision"]
+    if changed := list(differences(stored, ours)):
+        raise RecipeError(f"training.output={path} holds a run of another recipe: {'; '.join(changed)}")
+    if facts["data"] != data.identity:
+        raise RecipeError(
+            f"training.output={path} holds a run on other data: {data.source} has changed since, expected another "
+            "output"
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a folder holds more than a run leaves that was killed before it had begun.
+
+    Raises:
+        RecipeError: if it is no folder, or cannot be read.
+    """
+    leavings = [LOCK_NAME, *(partial_path(path / name).name for name in (RUN_NAME, RECIPE_NAME))]
+    with suppress(InputError):
+        read_facts(path)
+        leavings.append(RUN_NAME)
+    try:
+        others = [entry for entry in path.iterdir() if entry.name not in leavings]
+        return any(entry.name != CHECKPOINTS_NAME or any(entry.iterdir()) for entry in others)
+    except OSError as error:
+        raise RecipeError(f"training.output={path}: {one_line(error)}, expected a folder") from None
+
+
+def _leave_nothing(path: Path, made: list[Path]) -> None:
+    """Remove what a run that never began has made."""
+    names = [LOCK_NAME, RUN_NAME, *(partial_path(path / name).name for name in (RUN_NAME, RECIPE_NAME))]
+    for name in names:
+        with suppress(OSError):
+            (path / name).unlink()
+    remove_empty([path / CHECKPOINTS_NAME, *made])

@@ -1,0 +1,141 @@
+"""Whether a run fits the memory of what it runs on, and what does: the memory model of `thoughtbubbles plan`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from thoughtbubbles.accounting import activation_bytes, count_parameters
+from thoughtbubbles.budget import parse_budget
+from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.errors import InputError, RunError
+from thoughtbubbles.parallel import USABLE_MEMORY, largest_micro_batch, process_bytes
+from thoughtbubbles.training.recipe import Recipe, RecipeError
+
+GB = 1e9
+WEIGHT_BYTES = 4
+# Of a container, in versions 2 and 1 of control groups.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# What libraries say that raise a bare RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What one process of a run holds.
+
+    Attributes:
+        recipe: of the run.
+        config: of its model.
+        length: tokens of its longest row.
+        micro_batch_size: rows of one forward pass on one device.
+        precision: float32 or bfloat16.
+        processes: that share the run.
+        device: that this one trains on.
+    """
+
+    recipe: Recipe
+    config: ThoughtbubblesConfig
+    length: int
+    micro_batch_size: int
+    precision: str
+    processes: int
+    device: torch.device
+
+    def check(self) -> None:
+        """Refuse a model that cannot fit, whatever the rows of a micro-batch are.
+
+        Raises:
+            RecipeError: naming its shape.
+        """
+        check_weights(self.config)
+        settings = self.recipe.training
+        state = process_bytes(
+            self.config, self.precision, settings.gradient_checkpointing, self.processes, settings.sharding
+        )
+        held, there = state.weights + state.gradients + state.optimizer, device_memory(self.device)
+        if held > there:
+            raise RecipeError(
+                f"{_shape(self.config)}, whose weights, gradients and moments take {held / GB:,.1f} GB a device: "
+                f"expected at most the {there / GB:,.1f} GB of this {self.device.type}"
+            )
+
+    def exceeded(self) -> InputError | RunError:
+        """What to raise when memory has run out: it says what would fit.
+
+        An `InputError` where the micro-batch is too large for the device, otherwise a `RunError`: something else holds
+        the memory.
+        """
+        micro, there = self.micro_batch_size, device_memory(self.device)
+        begin = f"out of memory on {self.device.type}: training.micro_batch_size={micro} takes "
+        begin += f"{self._total(micro) / GB:,.1f} of {there / GB:,.1f} GB by the model of `thoughtbubbles plan`"
+        fits = self._largest(self.recipe.training.gradient_checkpointing)
+        if fits == micro:
+            return RunError(f"{begin}, which should fit: does another process hold memory?")
+        hints = ["not one row fits" if fits is None else f"at most {fits} fits"]
+        if not self.recipe.training.gradient_checkpointing and (more := self._largest(True)) not in (None, fits):
+            hints.append(f"{more} with training.gradient_checkpointing=true")
+        return RecipeError(f"{begin}; {', '.join(hints)}")
+
+    def _largest(self, checkpointing: bool) -> int | None:
+        """Rows of the largest micro-batch that fits."""
+        share, usable = self.recipe.training.batch_size // self.processes, USABLE_MEMORY * device_memory(self.device)
+        return largest_micro_batch(share, lambda rows: self._total(rows, checkpointing), usable)
+
+    def _total(self, rows: int, checkpointing: bool | None = None) -> int:
+        """Bytes of training with so many rows in a micro-batch."""
+        settings = self.recipe.training
+        checkpointing = settings.gradient_checkpointing if checkpointing is None else checkpointing
+        state = process_bytes(self.config, self.precision, checkpointing, self.processes, settings.sharding)
+        budget = max(map(parse_budget, settings.training_budgets or ()), default=None)
+        each = activation_bytes(
+            self.config, self.length, budget, self.precision, checkpointing, device=self.device.type
+        )
+        return state.total + rows * each.total
+
+
+def check_weights(config: ThoughtbubblesConfig) -> None:
+    """Refuse a model whose weights alone are more than this machine holds.
+
+    Raises:
+        RecipeError: naming its shape.
+    """
+    weights, there = WEIGHT_BYTES * count_parameters(config), host_memory()
+    if weights > there:
+        raise RecipeError(
+            f"{_shape(config)}, whose weights take {weights / GB:,.1f} GB: expected at most the {there / GB:,.1f} GB "
+            "of this machine"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of memory of this machine, or that its container may use; infinite where neither is known."""
+    found = [float("inf")]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in map(Path, LIMITS):
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if text.isdigit():
+            found.append(int(text))
+    return min(found)
+
+
+def _shape(config: ThoughtbubblesConfig) -> str:
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    fields = ", ".join(f"model.{name}={getattr(config, name)}" for name in names)
+    return f"{fields}: {count_parameters(config):,} parameters"
