@@ -7,12 +7,13 @@ import shutil
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from thoughtbubbles.errors import InputError, as_os_error, one_line, os_reason
 
+LOCK_NAME = ".lock"
 Record = TypeVar("Record")
 # Met while writing, and said without the name of the file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -77,11 +78,6 @@ def _is_of(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values())
     return type(value) is kind or (kind is float and type(value) is int)
-
-
-def missing_folders(path: Path) -> list[Path]:
-    """The folders that would have to be made for `path` to be one, the innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -193,6 +189,34 @@ def sole_user(path: Path) -> Iterator[bool]:
                 continue
             yield alone
             return
+
+
+@contextmanager
+def claimed(path: Path, key: str, user: str, error: type[InputError]) -> Iterator[list[Path]]:
+    """A folder, made if it is not there, that is this process's alone while the block runs.
+
+    Args:
+        key: of the recipe that names it, for messages.
+        user: what works in such a folder, for messages.
+        error: what to raise.
+
+    Yields:
+        The folders that had to be made, the innermost first.
+
+    Raises:
+        InputError: it cannot be written, or another process is at it.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(sole_user(path / LOCK_NAME))
+        except OSError as reason:
+            remove_empty(made)
+            raise error(f"{key}={path}: {reason.strerror}, expected a folder to write to") from None
+        if not alone:
+            raise error(f"{key}={path} is in use by another {user}: expected a folder of its own")
+        yield made
 
 
 def lock(file: IO[bytes]) -> bool:

@@ -1,7 +1,7 @@
 """Carries a comparison out: tune, train, measure, report."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all
 from thoughtbubbles.comparison.recipe import Comparison
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.errors import InputError, RunError, one_line
-from thoughtbubbles.files import missing_folders, remove_empty, sole_user
-from thoughtbubbles.training.folder import LOCK_NAME, RECIPE_NAME, SUMMARY_NAME, check_same_run
+from thoughtbubbles.files import claimed
+from thoughtbubbles.training.folder import RECIPE_NAME, SUMMARY_NAME, check_same_run
 from thoughtbubbles.training.run import RunSummary
 from thoughtbubbles.training.rundata import RunData
 
@@ -87,16 +87,7 @@ def _check_output(folder: Path) -> None:
 @contextmanager
 def _claimed(output: Path) -> Iterator[None]:
     """The folder of a comparison, made if it is not there and locked while the block runs."""
-    made = missing_folders(output)
-    with ExitStack() as stack:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            alone = stack.enter_context(sole_user(output / LOCK_NAME))
-        except OSError as error:
-            remove_empty(made)
-            raise InputError(f"output={output}: {error.strerror}, expected a folder to write to") from None
-        if not alone:
-            raise InputError(f"output={output} is in use by another comparison: expected a folder of its own")
+    with claimed(output, "output", "comparison", InputError):
         try:
             yield
         except OSError as error:

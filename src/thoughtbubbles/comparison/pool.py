@@ -17,8 +17,8 @@ from thoughtbubbles.comparison.measuring import Measurements, measure, measureme
 from thoughtbubbles.comparison.recipe import EvaluationSection
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted
-from thoughtbubbles.files import sole_user, write_text
-from thoughtbubbles.training.folder import LOCK_NAME, SUMMARY_NAME, read_facts
+from thoughtbubbles.files import LOCK_NAME, sole_user, write_text
+from thoughtbubbles.training.folder import SUMMARY_NAME, read_facts
 from thoughtbubbles.training.interruption import stop_on_signals
 from thoughtbubbles.training.memory import is_out_of_memory
 from thoughtbubbles.training.run import train

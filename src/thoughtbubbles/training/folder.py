@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ import yaml
 
 from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.files import (
+    LOCK_NAME,
+    claimed,
     damaged,
-    missing_folders,
     partial_path,
     read_record,
     remove_empty,
-    sole_user,
     write_text,
 )
 from thoughtbubbles.machine import describe_machine
@@ -28,7 +28,6 @@ SUMMARY_NAME = "summary.json"
 RECIPE_NAME = "recipe.yaml"
 METRICS_NAME = "metrics.jsonl"
 RUN_NAME = "run.json"
-LOCK_NAME = ".lock"
 CHECKPOINTS_NAME = "checkpoints"
 LIBRARIES = ("accelerate", "datasets", "numpy")
 # Change neither what is trained nor on what: a run may be moved, shared otherwise, and made to need less memory.
@@ -78,16 +77,7 @@ def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: st
     """
     if path.exists() and not (path / RECIPE_NAME).exists() and _holds_something(path):
         raise RecipeError(f"training.output={path}: expected an empty or new folder, or that of a run to go on with")
-    made = missing_folders(path)
-    with ExitStack() as stack:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            alone = stack.enter_context(sole_user(path / LOCK_NAME))
-        except OSError as error:
-            remove_empty(made)
-            raise RecipeError(f"training.output={path}: {error.strerror}, expected a folder to write to") from None
-        if not alone:
-            raise RecipeError(f"training.output={path} is in use by another run: expected a folder of its own")
+    with claimed(path, "training.output", "run", RecipeError) as made:
         begun = (path / RECIPE_NAME).exists()
         if begun:
             check_same_run(recipe, data, path)
