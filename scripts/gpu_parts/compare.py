@@ -22,8 +22,9 @@ from gpu_parts.kit import DATA_NAME, unpack_folder
 from gpu_parts.report import Report
 from thoughtbubbles.comparison.measuring import MEASUREMENTS_NAME
 from thoughtbubbles.files import replacing, write_text
+from thoughtbubbles.training.folder import RUN_NAME
 from thoughtbubbles.training.recipe import read_sections
-from thoughtbubbles.training.run import RUN_NAME, RunSummary
+from thoughtbubbles.training.run import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "compare" / "books-gpu.yaml"

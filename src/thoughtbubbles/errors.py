@@ -14,7 +14,7 @@ PATH_ERRORS = frozenset(
 )
 # How libraries written in Rust and C++ say it in an exception of their own.
 NUMBERED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 # What libraries raise for a network that fails, beside the errors of Python; they need not be there.
 NETWORK = {
     *(("httpx", "TransportError"), ("httpcore", "NetworkError"), ("urllib3", "HTTPError")),
@@ -119,13 +119,14 @@ def ending(error: BaseException) -> InputError | RunError | RunInterrupted | Non
         return error
     if isinstance(error, RecursionError):
         return InputError("the input is nested too deeply")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return RunError(f"out of memory: {one_line(error)}")
     found = as_os_error(error)
     return None if found is None else os_failure(found)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, could not be allocated."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

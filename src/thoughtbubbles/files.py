@@ -6,7 +6,7 @@ import os
 import shutil
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -78,13 +78,6 @@ def _is_of(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values())
     return type(value) is kind or (kind is float and type(value) is int)
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of some folders, the innermost first, that are there and empty."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 @contextmanager
@@ -192,7 +185,7 @@ def sole_user(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def claimed(path: Path, key: str, user: str, error: type[InputError]) -> Iterator[list[Path]]:
+def claimed(path: Path, key: str, user: str, error: type[InputError]) -> Iterator[None]:
     """A folder, made if it is not there, that is this process's alone while the block runs.
 
     Args:
@@ -200,23 +193,18 @@ def claimed(path: Path, key: str, user: str, error: type[InputError]) -> Iterato
         user: what works in such a folder, for messages.
         error: what to raise.
 
-    Yields:
-        The folders that had to be made, the innermost first.
-
     Raises:
         InputError: it cannot be written, or another process is at it.
     """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     with ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(made_folder(path))
             alone = stack.enter_context(sole_user(path / LOCK_NAME))
         except OSError as reason:
-            remove_empty(made)
-            raise error(f"{key}={path}: {reason.strerror}, expected a folder to write to") from None
+            raise error(f"{key}={path}: {os_reason(reason)}, expected a folder to write to") from None
         if not alone:
             raise error(f"{key}={path} is in use by another {user}: expected a folder of its own")
-        yield made
+        yield
 
 
 def lock(file: IO[bytes]) -> bool:

@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 
-from thoughtbubbles.errors import InputError, one_line
+from thoughtbubbles.errors import InputError, os_reason
 from thoughtbubbles.files import (
     LOCK_NAME,
     claimed,
     damaged,
     partial_path,
     read_record,
-    remove_empty,
     write_text,
 )
 from thoughtbubbles.machine import describe_machine
@@ -77,7 +76,7 @@ def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: st
     """
     if path.exists() and not (path / RECIPE_NAME).exists() and _holds_something(path):
         raise RecipeError(f"training.output={path}: expected an empty or new folder, or that of a run to go on with")
-    with claimed(path, "training.output", "run", RecipeError) as made:
+    with claimed(path, "training.output", "run", RecipeError):
         begun = (path / RECIPE_NAME).exists()
         if begun:
             check_same_run(recipe, data, path)
@@ -89,7 +88,7 @@ def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: st
             yield folder
         finally:
             if not folder.begun:
-                _leave_nothing(path, made)
+                _leave_nothing(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -142,13 +141,14 @@ def _holds_something(path: Path) -> bool:
         others = [entry for entry in path.iterdir() if entry.name not in leavings]
         return any(entry.name != CHECKPOINTS_NAME or any(entry.iterdir()) for entry in others)
     except OSError as error:
-        raise RecipeError(f"training.output={path}: {one_line(error)}, expected a folder") from None
+        raise RecipeError(f"training.output={path}: {os_reason(error)}, expected a folder") from None
 
 
-def _leave_nothing(path: Path, made: list[Path]) -> None:
-    """Remove what a run that never began has made."""
+def _leave_nothing(path: Path) -> None:
+    """Remove what a run that never began has made in its folder."""
     names = [LOCK_NAME, RUN_NAME, *(partial_path(path / name).name for name in (RUN_NAME, RECIPE_NAME))]
     for name in names:
         with suppress(OSError):
             (path / name).unlink()
-    remove_empty([path / CHECKPOINTS_NAME, *made])
+    with suppress(OSError):
+        (path / CHECKPOINTS_NAME).rmdir()

@@ -17,8 +17,6 @@ GB = 1e9
 WEIGHT_BYTES = 4
 # Of a container, in versions 2 and 1 of control groups.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-# What libraries say that raise a bare RuntimeError.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -107,13 +105,6 @@ def check_weights(config: ThoughtbubblesConfig) -> None:
             f"{_shape(config)}, whose weights take {weights / GB:,.1f} GB: expected at most the {there / GB:,.1f} GB "
             "of this machine"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def device_memory(device: torch.device) -> float:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from thoughtbubbles.accounting import count_parameters
 from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.errors import RunError, one_line
+from thoughtbubbles.errors import RunError, is_out_of_memory, one_line
 from thoughtbubbles.files import partial_path, read_as, replacing, write_text
 from thoughtbubbles.loading import check_tokenizer
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
@@ -32,7 +32,7 @@ from thoughtbubbles.training.folder import (
     read_facts,
 )
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
-from thoughtbubbles.training.memory import TrainingMemory, is_out_of_memory
+from thoughtbubbles.training.memory import TrainingMemory
 from thoughtbubbles.training.precision import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.training.pretrained import gate_changes, start_from
 from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, model_config
