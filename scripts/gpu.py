@@ -14,12 +14,15 @@ decoding    time of a decoding step, ours and others'
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("src", "scripts")]
@@ -101,12 +104,22 @@ def run(part: str, left: float, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", f"gpu_parts.{part}", "--output", str(options.output), "--kit", str(options.kit)]
     command += ["--seconds", f"{seconds:.1f}", *(["--rehearse"] if options.rehearse else [])]
     with (options.output / f"{part}.log").open("a", encoding="utf-8") as log:
-        try:
-            subprocess.run(command, stdout=log, stderr=log, env=environment(), cwd=ROOT, timeout=seconds + GRACE)
-            note = ""
-        except subprocess.TimeoutExpired:
-            note = f", killed after {seconds + GRACE:.0f} s"
+        note = "" if ended(command, log, seconds + GRACE) else f", killed after {seconds + GRACE:.0f} s"
     print(f"{part:<10} {Report.read(path).line()}{note}", flush=True)
+
+
+def ended(command: list[str], log: IO[str], seconds: float) -> bool:
+    """Whether a command ended by itself; if not, it is killed with all that it started."""
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=ROOT, start_new_session=True)
+    try:
+        process.wait(timeout=seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def environment() -> dict[str, str]:

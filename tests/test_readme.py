@@ -176,9 +176,9 @@ def test_the_figure_of_the_method_shows_what_a_forward_did() -> None:
 
 def commands(*pages: str) -> list[list[str]]:
     texts = [block for page in pages for block in blocks("sh", page)]
-    joined = [text.replace("\\\n", " ") for text in texts]
-    lines = [line for block in joined for line in block.splitlines() if line.startswith("thoughtbubbles ")]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    lines = [line for block in texts for line in block.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("thoughtbubbles ")]
+    return [command for command in found if command != ["--version"]]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def parse_budget(budget: Budget, name: str = "budget") -> Fraction:
         value = budget if isinstance(budget, int | Fraction) else _read(str(budget))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{name}={_shown(budget)}: {expected}") from None
-    if not 1 <= value <= MAX_BUDGET:
+    if value < 1 or value > MAX_BUDGET:  # the rational on the left: compilers trace its comparison
         raise ValueError(f"{name}={_shown(budget)}: {expected}")
     return Fraction(value)
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,17 @@ def test_what_a_killed_part_was_at_comes_last(driver: ModuleType, tmp_path: Path
     items = [driver.Item(name, 0, partial(work, name)) for name in ("hangs", "works")]
     driver.carry_out(items, setting_of(driver, tmp_path, 50), path)
     assert calls == ["works", "hangs"]
+
+
+def test_a_part_that_overruns_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    import gpu
+
+    sleeper = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
+    with (tmp_path / "log").open("w") as log:
+        assert not gpu.ended([sys.executable, "-c", f"{sleeper}; import time; time.sleep(60)"], log, 2)
+        assert gpu.ended([sys.executable, "-c", "pass"], log, 60)
+    grandchild = int((tmp_path / "log").read_text())
+    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_kit_comes_back_byte_by_byte_or_not_at_all(tmp_path: Path) -> None:
