@@ -122,7 +122,7 @@ def _block_works(block: Any, streams: Streams, angles: Any, attenuation: Any) ->
 
 
 def _merge(model: ThoughtbubblesForCausalLM, streams: Streams, weighted: bool) -> Work:
-    return lambda: streams.merge_residuals(weighted) if weighted else None
+    return lambda: streams.merge_residuals(streams.shares()) if weighted else None
 
 
 def _leaf(streams: Streams) -> Streams:

@@ -633,6 +633,32 @@ def test_hidden_states_are_the_roots() -> None:
         assert torch.equal(hidden[1, 3:], roots)
 
 
+@pytest.mark.parametrize("merge", ["residual", "residual-normed"])
+def test_many_fork_layers_do_not_drown_the_merge_in_the_epsilon_of_the_norm(merge: str) -> None:
+    """Gates that begin at one half leave p = 2^-12: squared and over a bubble's variance, that is below 1e-5."""
+    model = tiny_model(num_hidden_layers=12, fork_layers=list(range(12)), budget=1, merge=merge)
+    for gate in model.model.gates.values():
+        gate.projection.weight.data.zero_()
+    model.model.norm.weight.data.fill_(1)
+    model.model.norm.bias.data.zero_()
+    out = model.model(random_ids(1, 9), output_streams=True)
+    p = out.streams[-1].log_score.exp()
+    assert torch.allclose(p, torch.full_like(p, 2**-12))
+    deviation = out.last_hidden_state.std(-1, correction=0)
+    expected = torch.ones_like(deviation) if merge == "residual" else p
+    assert torch.allclose(deviation, expected, rtol=1e-3, atol=0)
+
+
+def test_the_merge_of_the_release_multiplies_by_p_alone() -> None:
+    model = tiny_model(attenuation="released", budget=2)
+    out = model.model(random_ids(2, 9), output_streams=True)
+    streams = out.final_streams
+    expected = model.model.norm(streams.merge_residuals(streams.log_score.exp()))
+    assert torch.equal(out.last_hidden_state, expected)
+    shared = model.model.norm(streams.merge_residuals(streams.shares()))
+    assert (out.last_hidden_state - shared).abs().max() > 1e-6
+
+
 def test_last_hidden_state_is_merged_and_normed() -> None:
     model, ids = tiny_model(), random_ids(2, 9)
     assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), model(ids).logits)

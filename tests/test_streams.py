@@ -1,6 +1,7 @@
 """Streams, their positions and merges, and the column map (Design 3.1, 3.4, 3.6)."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -110,7 +111,33 @@ def test_residuals_merge_by_their_scores(batch: list[list[int]], weighted: bool)
         for slot in slots:
             p = math.exp(streams.log_score[row, slot].item()) if weighted else 1
             expected[row, t] += p * streams.residual[row, slot]
-    assert torch.allclose(streams.merge_residuals(weighted), expected, rtol=0, atol=1e-12)
+    merged = streams.merge_residuals(streams.log_score.exp() if weighted else None)
+    assert torch.allclose(merged, expected, rtol=0, atol=1e-12)
+
+
+@given(batches)
+def test_shares_are_scores_over_the_sum_of_their_bubble(batch: list[list[int]]) -> None:
+    streams = build(batch)
+    shares = streams.shares()
+    for row, _, slots in bubbles(batch):
+        p = streams.log_score[row, slots.start : slots.stop].exp()
+        assert torch.allclose(shares[row, slots.start : slots.stop], p / p.sum(), rtol=0, atol=1e-12)
+
+
+def test_shares_of_scores_far_below_zero_do_not_underflow() -> None:
+    streams = build([[2, 3]])
+    low = replace(streams, log_score=torch.where(streams.alive, streams.log_score - 1000, 0))
+    assert torch.allclose(low.shares()[streams.alive], streams.shares()[streams.alive], rtol=0, atol=1e-12)
+
+
+def test_gradients_of_the_shares() -> None:
+    streams = build([[1, 3], [2]])
+
+    def merged(log_score: Tensor) -> Tensor:
+        scored = replace(streams, log_score=log_score)
+        return scored.merge_residuals(scored.shares())
+
+    assert torch.autograd.gradcheck(merged, (streams.log_score.clone().requires_grad_(),))
 
 
 def mixture(streams: Streams, log_probs: Tensor, batch: list[list[int]], weighted: bool) -> Tensor:
@@ -170,7 +197,7 @@ def test_embeddings_become_one_stream_a_token() -> None:
 def test_fresh_tokens_merge_into_themselves() -> None:
     embeddings = torch.randn(2, 3, WIDTH)
     streams = Streams.from_embeddings(embeddings, torch.tensor([[True, True, True], [True, False, False]]))
-    assert torch.equal(streams.merge_residuals(True), streams.residual)
+    assert torch.equal(streams.merge_residuals(streams.shares()), streams.residual)
     assert torch.equal(streams.roots(), streams.residual)
 
 

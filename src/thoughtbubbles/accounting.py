@@ -148,8 +148,9 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
     Matrix products alone: projections, MLP, gates, unembedding, and attention over the whole N x N square, as
     FLOP counters and MFU conventions have it, with N the static width of each layer.
 
-    torch's FlopCounterMode finds the same, but for the channels that attenuation `paper` appends to a head of K: they
-    are bookkeeping of ours, 4 H N^2 operations a channel and layer, and are left out here. Of the fused attention for
+    torch's FlopCounterMode finds the same, but for the gates, whose products it does not see as such, and for the
+    channels that attenuation `paper` appends to a head of K: they are bookkeeping of ours, 4 H N^2 operations a channel
+    and layer, and are left out here. Of the fused attention for
     CPUs it counts nothing: there the plain one has to be asked for.
     """
     hidden = config.hidden_size
@@ -281,10 +282,12 @@ def activation_bytes(
     if gradient_checkpointing:
         # By the time that the blocks are computed again, one after the other, the loss's are gone.
         passing = max(0, max(blocks) - loss)
-        # The residual, and of scored streams log score and weight.
+        # The residual and the weight of updates, and log scores, which blocks share up to the next fork.
         blocks = [
-            width * WIDE * (config.hidden_size + 2 * _is_scored(config, layer)) for layer, width in enumerate(widths)
+            width * WIDE * (config.hidden_size + _saved_of_weights(config, layer)) for layer, width in enumerate(widths)
         ]
+        bearing = [layer for layer in turning if _is_scored(config, layer) or _is_reserved(config)]
+        blocks += [widths[layer] * WIDE for layer in bearing]
     return ActivationBytes(
         blocks=sum(blocks) + angles,
         gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
@@ -303,38 +306,61 @@ def _saved_by_block(config: ThoughtbubblesConfig, layer: int, precision: str, de
     numbers += 2 * _inner(config)  # before and after the activation
     if device == "cpu" or channels > hidden:
         numbers += hidden  # the output by streams, before o_proj; on GPUs the same memory, if nothing is cut off
-    if _is_scored(config, layer):
+    wide = 2 * hidden + 4 + config.num_attention_heads  # before the norms, of them, attention's logsumexp
+    wide += _saved_of_weights(config, layer)
+    if _is_scored(config, layer) and _learns_scores(config):
         # qkv_proj's output and the attenuated values; the updates before they are weighed.
         numbers += 3 * hidden + channels + 2 * hidden
-    elif _is_reserved(config):
-        numbers += channels  # the values, times ones
+        wide += 1  # p of the values
+    elif _is_scored(config, layer) or _is_reserved(config):
+        numbers += channels  # the values, times what has no gradient
+        wide += 1
     else:
         numbers += 3 * hidden  # the values are a view of qkv_proj's output
-    wide = 2 * hidden + 4 + config.num_attention_heads  # before the norms, of them, attention's logsumexp
-    return numbers * item + (wide + 2 * _is_scored(config, layer)) * WIDE
+    return numbers * item + wide * WIDE
+
+
+def _saved_of_weights(config: ThoughtbubblesConfig, layer: int) -> int:
+    """Numbers that autograd saves for each stream to weigh a layer's updates by."""
+    if not any(fork <= layer for fork in config.gated_layers):
+        return 0
+    # p, what is alive, and their product; or the one that takes part.
+    return 3 if _is_scored(config, layer) and _learns_scores(config) else 1
 
 
 def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int:
     """Bytes that autograd saves in a gate with so many streams before and after it, in float32 all."""
-    scoring = 2 * config.hidden_size + 2 + 3 * 2  # before the norm, after it, of it; three steps of the log sigmoid
-    if config.gate_scores == "fixed" or (config.attenuation == "none" and config.merge == "root"):
-        scoring = 0  # scores have no effect that a gradient could pass
-    # A fork's source, and how large it is.
-    sources = config.hidden_size + 1 if config.fork_embedding == "relative" else 0
-    # Two indices of 8 bytes, a number for forks and the score, and what is alive.
-    return before * scoring * WIDE + after * (2 * 8 + (2 + sources) * WIDE + 1)
+    # Before the norm, after it, of it; three steps of the log sigmoid and the scores.
+    scoring = 2 * config.hidden_size + 2 + 4 * 2
+    # Scores may have no effect that a gradient could pass.
+    scored = _learns_scores(config) and (config.attenuation != "none" or config.merge != "root")
+    # A fork's source, and how large it is, before and after a bound.
+    sources = config.hidden_size + 2 if config.fork_embedding == "relative" else 0
+    roots = before * (config.gate_scores == "forks")
+    # An index of 8 bytes for residuals and one for scores, a number for forks, and what is alive.
+    return before * scored * scoring * WIDE + roots + after * (8 + scored * 8 + (1 + sources) * WIDE + 1)
 
 
 def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int) -> int:
-    """Bytes that autograd saves from the last block to the loss."""
-    hidden = config.hidden_size
+    """Bytes that autograd saves from the last block to the loss, and the token ids."""
+    hidden, ids = config.hidden_size, 8 * length
     if config.merge == "probability":
-        return width * hidden * WIDE
+        return ids + width * (hidden + 2) * WIDE
     normed = width if config.merge == "residual-normed" else length
-    saved = hidden * normed * WIDE
+    saved = ids + (hidden + 2) * normed * WIDE  # before the norm, and of it
+    if config.gated_layers or config.copied_layers:
+        saved += width * (hidden * WIDE + 8)  # what is added up, and where
+    if config.copied_layers:
+        saved += width  # what is alive
+    if config.merge == "root":
+        return saved + (width + hidden * WIDE if config.gated_layers or config.copied_layers else 0)
     if config.gated_layers:
-        # What is added up, with indices, and before that what is weighed.
-        saved += width * (hidden * WIDE * (1 if config.merge == "root" else 2) + 8)
+        saved += width * WIDE  # the weights
+    if config.gated_layers and _learns_scores(config):
+        saved += width * hidden * WIDE  # what is weighed
+    if _is_shared(config):
+        # Ordinals and p of the streams; the bubbles' sums, their logs and which are not 0.
+        saved += width * (8 + WIDE) + (length + 1) * (2 * WIDE + 1)
     return saved
 
 
@@ -361,6 +387,17 @@ def _is_scored(config: ThoughtbubblesConfig, layer: int) -> bool:
 def _is_reserved(config: ThoughtbubblesConfig) -> bool:
     """Whether layers before the first fork have a channel for the log score, as the release does."""
     return config.attenuation == "released" and bool(config.gated_layers)
+
+
+def _is_shared(config: ThoughtbubblesConfig) -> bool:
+    """Whether the merge adds up to 1 what it weighs the streams of a token by."""
+    chosen = config.merge == "residual" and config.attenuation != "released"
+    return chosen and bool(config.gated_layers) and _learns_scores(config)
+
+
+def _learns_scores(config: ThoughtbubblesConfig) -> bool:
+    """Whether a gradient reaches the log scores."""
+    return config.gate_scores != "fixed"
 
 
 def _block_matrix(config: ThoughtbubblesConfig) -> int:

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .cache import CreditMemory, ForkMemory
 from .configuration import ThoughtbubblesConfig
 from .controls import ROUTERS, draw_of
-from .routing import route_causal, width_after_routing
+from .routing import GRID, route_causal, width_after_routing
 from .streams import Streams
 from .threshold import ScoreHistogram, route_threshold
 from .wide import WideLayerNorm, WideLinear, root_mean_square
@@ -55,7 +55,8 @@ class ForkGate(nn.Module):
         token = streams.ordinal.repeat_interleave(2, dim=1)
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
-        rivals = scores.detach() if self.draw is None else self.draw(token, step=step)
+        # Draws have 53 bits: as whole steps of the routers' grid all of them count.
+        rivals = scores.detach() if self.draw is None else self.draw(token, step=step) * (2**53 * GRID)
         survive = self._route((rivals, token, optional, alive, budget), memory)
         if memory is None:
             width = width_after_routing(self.rule, streams.token.shape[1], streams.num_tokens, budget)

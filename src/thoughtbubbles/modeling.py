@@ -289,10 +289,12 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
     def _merge(self, streams: Streams, weighted: bool, copies: int) -> Tensor:
         """[B, T, D] in token order: merged and normed (Design 3.6). Copies, as many to each token, are averaged."""
         if self.config.merge == "residual":
-            out: Tensor = self.norm(streams.merge_residuals(weighted) / copies)
+            # Shares, since the norm's eps would swallow what many fork layers attenuate; the release takes p.
+            weights = streams.shares() if self.config.attenuation != "released" else streams.log_score.exp()
+            out: Tensor = self.norm(streams.merge_residuals(weights if weighted else None) / copies)
         elif self.config.merge == "residual-normed":
             normed = streams.with_residual(self.norm(streams.residual))
-            out = normed.merge_residuals(weighted) / copies
+            out = normed.merge_residuals(streams.log_score.exp() if weighted else None) / copies
         else:
             out = self.norm(streams.roots())
         return out

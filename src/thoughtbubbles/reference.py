@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG_SCORE_FLOOR = -20.0
+GRID = 2.0**-16  # nats between two scores that routing tells apart
 IGNORED_LABEL = -100
 CHOICES = {
     "routing": ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform"),
@@ -86,6 +87,11 @@ class _Model:
 # --- Routing (Design 3.3) ---
 
 
+def on_grid(score: float) -> float:
+    """Return the nearest multiple of `GRID`, halves to even (Design 3.3)."""
+    return round(score / GRID) * GRID
+
+
 def route_causal(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
 ) -> list[bool]:
@@ -93,6 +99,7 @@ def route_causal(
 
     All arguments have length M and describe alive candidates in packed order; so does the result.
     """
+    scores = [on_grid(score) for score in scores]
 
     def allowance(token: int) -> int:
         return math.floor((budget - 1) * (token + 1))
@@ -122,6 +129,7 @@ def route_threshold(
 
     Arguments as for `route_causal`; `threshold` is a log score.
     """
+    scores = [on_grid(score) for score in scores]
     survive = [not is_optional for is_optional in optional]
     eligible = [c for c in range(len(scores)) if optional[c] and scores[c] >= threshold]
     admitted = 0
@@ -153,6 +161,7 @@ def route_topk(
 
     Arguments as for `route_causal`; `tokens` plays no part.
     """
+    scores = [on_grid(score) for score in scores]
     survive = [not is_optional for is_optional in optional]
     tokens_in_row = sum(survive)
     room = math.ceil(budget * tokens_in_row) - tokens_in_row
@@ -169,6 +178,7 @@ def route_uniform(
 
     Arguments as for `route_causal`.
     """
+    scores = [on_grid(score) for score in scores]
     survive = [not is_optional for is_optional in optional]
     for token in set(tokens):
         share = math.floor((budget - 1) * (token + 1)) - math.floor((budget - 1) * token)
@@ -215,7 +225,8 @@ def _rivals(model: _Model, layer: int, tokens: list[int], scores: list[Tensor]) 
         return [score.item() for score in scores]
     places = [tokens[:c].count(token) for c, token in enumerate(tokens)]
     seed, step = model.config.routing_seed, model.routing_step
-    return [draw(seed, step, layer, token, place) for token, place in zip(tokens, places, strict=True)]
+    # Scaled so that each of a draw's 53 bits counts on the grid.
+    return [2**53 * GRID * draw(seed, step, layer, token, place) for token, place in zip(tokens, places, strict=True)]
 
 
 def _threshold(model: _Model, layer: int) -> float:
@@ -393,6 +404,8 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
     # Streams without scores, of which no choice was made, are averaged.
     weights = log_scores.exp() / (len(bubble) if model.copies else 1)
     if model.config.merge == "residual":
+        if model.config.attenuation != "released":
+            weights = log_scores.softmax(dim=0)
         return unembedding @ model.layer_norm("model.norm", weights @ residuals)
     if model.config.merge == "residual-normed":
         return unembedding @ (weights @ normed)

@@ -11,7 +11,7 @@ A router is a pure function of the candidates' scores, never of residuals. All o
 The causal rule can also go on from a past (Design 3.8).
 
 and return survive [B, M] bool. The keeps of roots survive every rule, order is preserved, ties go to the
-leftmost.
+leftmost. Scores are compared on a grid (`on_grid`).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,16 @@ from torch import Tensor
 
 from .budget import MAX_TOKENS, ceil_times, floor_times
 
+GRID = 2.0**-16
+"""Nats between two scores that a router tells apart."""
+
 Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
+
+
+def on_grid(scores: Tensor) -> Tensor:
+    """The nearest multiples of `GRID`, halves to even: what is equal but for rounding, as at the head of a row that
+    repeats a token, ties whatever the batch, the padding or the cache that it was computed with."""
+    return (scores / GRID).round() * GRID
 
 
 @torch.no_grad()
@@ -78,7 +87,7 @@ def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fract
 
 def rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
     """[B, M] place of each candidate in a stable descending sort, all optional ones first: a permutation."""
-    order = torch.argsort(scores.masked_fill(~optional, -torch.inf), dim=1, descending=True, stable=True)
+    order = torch.argsort(on_grid(scores).masked_fill(~optional, -torch.inf), dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
@@ -104,7 +113,7 @@ def admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor
 
 def _count_at_least(past: Tensor, scores: Tensor) -> Tensor:
     """For each score [B, M] the number of past ones [B, P] that come before it: the past stands to the left."""
-    return past.shape[1] - torch.searchsorted(past.sort(dim=1).values, scores.contiguous())
+    return past.shape[1] - torch.searchsorted(on_grid(past).sort(dim=1).values, on_grid(scores).contiguous())
 
 
 def _count_smaller_before(rank: Tensor) -> Tensor:

@@ -81,11 +81,16 @@ class Streams:
         """[B, T, D]: the residual of each token's root, zero for the ordinals that a row lacks."""
         return self._sum_over_bubbles(torch.where(self.is_root[..., None], self.residual, 0))
 
-    def merge_residuals(self, weighted: bool) -> Tensor:
-        """[B, T, D]: the sum over each bubble of p * x, or of x where not `weighted` (Design 3.6)."""
-        if not weighted:
+    def shares(self) -> Tensor:
+        """[B, N]: p / sum of p over the bubble, by logs, since p itself may underflow; in dead slots no matter what."""
+        total = self._logsumexp(self.log_score[..., None])[..., 0].gather(1, self.token)
+        return (self.log_score - total).exp()
+
+    def merge_residuals(self, weights: Tensor | None = None) -> Tensor:
+        """[B, T, D]: the sum over each bubble of weights [B, N] times x, or of x alone (method: Merge)."""
+        if weights is None:
             return self._sum_over_bubbles(self.residual)
-        return self._sum_over_bubbles(self.residual * self.log_score.exp()[..., None].to(self.residual.dtype))
+        return self._sum_over_bubbles(self.residual * weights[..., None].to(self.residual.dtype))
 
     def begins(self) -> Tensor:
         """[B, N] bool: the leftmost stream of each bubble; a run of dead slots counts as one."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .routing import admit_within_credit, allowances, rank_optional, visiting_order
+from .routing import admit_within_credit, allowances, on_grid, rank_optional, visiting_order
 
 BINS, BINS_PER_NAT = 2048, 64
 HORIZON = 32
@@ -36,7 +36,7 @@ def route_threshold(
         past_admitted: [B] optional candidates admitted among the tokens before these.
     """
     visit = visiting_order(rank_optional(scores, optional), token, alive)
-    eligible = (optional & (scores >= threshold)).gather(1, visit)
+    eligible = (optional & (on_grid(scores) >= threshold)).gather(1, visit)
     credit_used = 0 if past_admitted is None else past_admitted[:, None]
     admitted = admit_within_credit(eligible, allowances(budget, token.gather(1, visit)), credit_used)
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
@@ -84,10 +84,12 @@ class ScoreHistogram(nn.Module):
 
     @torch.no_grad()
     def observe(self, scores: Tensor, optional: Tensor) -> None:
-        """Count the optional ones of candidates [B, M]."""
+        """Count the optional ones of candidates [B, M]; scores that are no numbers, as of a run that diverges, have no bin."""
         self.observed = self.observed.to(scores.device)
-        index = torch.where(optional, scores * -BINS_PER_NAT, 0).long().clamp(max=BINS - 1)
-        self.observed.scatter_add_(0, index.flatten(), optional.flatten().long())
+        counted = optional & ~scores.isnan()
+        # Clamped before they are whole numbers: what an infinite one becomes is left to the device.
+        bins = torch.where(counted, on_grid(scores) * -BINS_PER_NAT, 0).clamp(0, BINS - 1).long()
+        self.observed.scatter_add_(0, bins.flatten(), counted.flatten().long())
 
     @torch.no_grad()
     def update(self) -> None:
