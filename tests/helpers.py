@@ -23,7 +23,7 @@ from thoughtbubbles.threshold import ScoreHistogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCAB = 19
-MARGIN = 1e-5  # two scores closer than this may be told apart either way (Design 3.10)
+MARGIN = 1e-5  # two scores closer than this may lie on either side of a line of the routers' grid
 FLOAT32_FLOOR = 2**-22 / 1e-3  # an error of 1e-3 of such a gradient is two roundings of the largest gradient
 Case = dict[str, Any]
 

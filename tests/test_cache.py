@@ -370,11 +370,41 @@ class TestBadInput:
             make()(torch.ones(2, 1, dtype=torch.int64), cache=self.cache())
 
     def test_another_model(self) -> None:
-        with pytest.raises(ValueError, match="filled by a model of shape"):
+        with pytest.raises(ValueError, match=r"model with \{'hidden_size': 32, 'intermediate_size': 128\}"):
             make(hidden_size=16)(torch.ones(3, 1, dtype=torch.int64), cache=self.cache())
 
+    @pytest.mark.parametrize(
+        ("field", "other"),
+        [
+            ("attenuation", "released"),
+            ("attenuation", "none"),
+            ("merge", "root"),
+            ("gate_scores", "forks"),
+            ("gate_scores", "fixed"),
+            ("fork_embedding", "relative"),
+            ("fork_layers", [1, 2, 4]),
+            ("routing", "threshold"),
+            ("routing", "uniform"),
+            ("routing_seed", 7),
+            ("rope_theta", 500.0),
+            ("layer_norm_eps", 1e-3),
+            ("hidden_act", "relu"),
+        ],
+    )
+    def test_another_setting(self, field: str, other: object) -> None:
+        with pytest.raises(ValueError, match=rf"filled by a model with \{{'{field}': .*, expected \{{'{field}': "):
+            make(**{field: other})(torch.ones(3, 1, dtype=torch.int64), cache=self.cache())
+
+    def test_a_setting_changed_under_way(self) -> None:
+        model, cache = make(), StreamCache()
+        ids = torch.ones(1, 2, dtype=torch.int64)
+        model(ids, cache=cache)
+        model.config.attenuation = "none"
+        with pytest.raises(ValueError, match=r"model with \{'attenuation': 'paper'\}"):
+            model(ids, cache=cache)
+
     def test_a_model_that_copies(self) -> None:
-        with pytest.raises(ValueError, match="filled by a model of shape"):
+        with pytest.raises(ValueError, match=r"model with \{'routing': 'none'\}"):
             make(routing="copy", budget=1)(
                 torch.ones(3, 1, dtype=torch.int64), cache=self.cache(routing="none", budget=1)
             )

@@ -11,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thoughtbubbles import reference
+from thoughtbubbles import reference, routing
 from thoughtbubbles.budget import parse_budget
 from thoughtbubbles.controls import ROUTERS, route_uniform
-from thoughtbubbles.routing import Router, _count_smaller_before, route_causal, route_topk, width_after_routing
+from thoughtbubbles.routing import (
+    Router,
+    _count_at_least,
+    _count_smaller_before,
+    route_causal,
+    route_topk,
+    width_after_routing,
+)
 from thoughtbubbles.threshold import route_threshold
 
 SCORES = [0.0, -0.0, -0.5, -1.0, -1.5, -2.25, -20.0]
@@ -122,7 +129,7 @@ def test_causal_equals_the_loops_on_a_long_row(budget: float | str) -> None:
 @given(rows(), budgets)
 def test_topk_is_a_stable_descending_sort_with_roots_first(row: Row, budget: Fraction) -> None:
     def place(c: int) -> tuple[bool, float]:
-        return row.optional[c], -row.scores[c]
+        return row.optional[c], -reference.on_grid(row.scores[c])
 
     tokens = row.optional.count(False)
     best = sorted(range(len(row.scores)), key=place)[: math.ceil(budget * tokens)]
@@ -165,8 +172,8 @@ def test_rows_and_dead_candidates_at_the_right_do_not_matter(
 @every_router
 @given(row=rows(), budget=budgets)
 def test_number_of_survivors_fits_the_static_width(router: Router, row: Row, budget: Fraction) -> None:
-    tokens, routing = row.optional.count(False), "topk" if router is route_topk else "causal"
-    assert sum(survivors(router, row, budget)) <= width_after_routing(routing, len(row.scores) // 2, tokens, budget)
+    tokens, rule = row.optional.count(False), "topk" if router is route_topk else "causal"
+    assert sum(survivors(router, row, budget)) <= width_after_routing(rule, len(row.scores) // 2, tokens, budget)
 
 
 @eager_router
@@ -174,6 +181,32 @@ def test_ties_go_to_the_leftmost(router: Router) -> None:
     # Two optional candidates may survive: the fork of token 0, and of the three of token 1 the leftmost.
     row = row_of([1, 2], [-1.0] * 6)
     assert survivors(router, row, Fraction(2)) == [True, True, True, False, False, True]
+
+
+@every_router
+@given(row=rows(), budget=budgets, data=st.data())
+def test_what_differs_by_rounding_alone_ties(router: Router, row: Row, budget: Fraction, data: st.DataObject) -> None:
+    """Scores on the grid, and the same off by up to a third of a step."""
+    scores = [reference.on_grid(score) for score in row.scores]
+    noise = st.floats(-routing.GRID / 3, routing.GRID / 3)
+    rounded = [score + data.draw(noise) for score in scores]
+    assert [reference.on_grid(score) for score in rounded] == scores
+    exact, found = (survivors(router, Row(each, row.tokens, row.optional), budget) for each in (scores, rounded))
+    assert found == exact
+
+
+@eager_router
+def test_a_step_of_the_grid_is_told_apart(router: Router) -> None:
+    scores = [-1.0, -1.0, -1.0 - routing.GRID, -1.0, -1.0 - 2 * routing.GRID, -1.0]
+    better = row_of([1, 2], scores)
+    assert survivors(router, better, Fraction(2)) == [True, True, False, True, False, True]
+
+
+@given(st.floats(-400, 0))
+def test_the_grid_is_that_of_the_reference(score: float) -> None:
+    found = routing.on_grid(torch.tensor([score], dtype=torch.float64)).item()
+    assert found == reference.on_grid(score)
+    assert abs(found - score) <= 2**-17
 
 
 @every_router
@@ -225,6 +258,32 @@ def test_uniform_routes_each_token_by_itself(row: Row, data: st.DataObject, budg
     assert survivors(route_uniform, alone, budget) == [survive[c] for c in own]
 
 
+@given(rows(min_tokens=2), st.data(), budgets, st.integers(0, 3))
+def test_causal_goes_on_from_past_scores_and_credit(
+    row: Row, data: st.DataObject, budget: Fraction, padding: int
+) -> None:
+    whole = survivors(route_causal, row, budget)
+    end = len(row.prefix(data.draw(st.integers(1, row.optional.count(False) - 1))).scores)
+    rest = Row(row.scores[end:], row.tokens[end:], row.optional[end:])
+    past = [score for score, optional in zip(row.scores[:end], row.optional[:end], strict=True) if optional]
+    off = data.draw(st.lists(st.floats(-1e-9, 1e-9), min_size=len(past), max_size=len(past)))
+    past_scores = [reference.on_grid(score) + noise for score, noise in zip(past, off, strict=True)]
+    rest = Row([reference.on_grid(score) for score in rest.scores], rest.tokens, rest.optional)
+    admitted = sum(s and o for s, o in zip(whole[:end], row.optional[:end], strict=True))
+    router = partial(
+        route_causal,
+        past_scores=torch.tensor([past_scores + padding * [-math.inf]], dtype=torch.float64),
+        past_admitted=torch.tensor([admitted]),
+    )
+    assert survivors(router, rest, budget) == whole[end:]
+
+
+def test_a_past_score_comes_before_an_equal_one() -> None:
+    past = torch.tensor([[-1.0, -2.0, -1.0, -torch.inf]])
+    assert _count_at_least(past, torch.tensor([[-1.0, -2.0, -0.5, -3.0]])).tolist() == [[2, 3, 0, 3]]
+    assert _count_at_least(past, torch.tensor([[-1.0 + 1e-6, -2.0 + 1e-6, -0.5, -3.0]])).tolist() == [[2, 3, 0, 3]]
+
+
 @given(rows(min_tokens=2), st.data(), budgets, st.sampled_from(list(THRESHOLDS.values())))
 def test_threshold_goes_on_from_the_credit_alone(
     row: Row, data: st.DataObject, budget: Fraction, threshold: float
@@ -269,7 +328,7 @@ def test_counting_smaller_values_in_long_rows(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("routing", "width", "tokens", "budget", "expected"),
+    ("rule", "width", "tokens", "budget", "expected"),
     [
         ("causal", 5, 5, 4, 10),
         ("causal", 10, 5, 1.5, 7),
@@ -280,8 +339,8 @@ def test_counting_smaller_values_in_long_rows(length: int) -> None:
         ("topk", 1, 1, 1.9, 2),
     ],
 )
-def test_static_width(routing: str, width: int, tokens: int, budget: float, expected: int) -> None:
-    assert width_after_routing(routing, width, tokens, parse_budget(budget)) == expected
+def test_static_width(rule: str, width: int, tokens: int, budget: float, expected: int) -> None:
+    assert width_after_routing(rule, width, tokens, parse_budget(budget)) == expected
 
 
 def test_scratch_memory_is_poisoned() -> None:

@@ -6,6 +6,7 @@ keys and values of its streams, and at each fork layer the scores that its candi
 Shape letters: B batch, S kept streams or candidates of a row, N new streams, H heads.
 """
 
+import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,12 @@ from transformers import Cache
 
 from .configuration import ThoughtbubblesConfig
 
+# All but what says nothing about the tokens so far; of budgets a call has its own.
+_SETTINGS = sorted(
+    set(ThoughtbubblesConfig.__annotations__)
+    - {"budget", "hidden_dropout", "initializer_range", "max_position_embeddings", "tie_word_embeddings", "vocab_size"}
+    - {"bos_token_id", "eos_token_id", "pad_token_id"}
+)
 BLOCK = 128
 """Entries by which a row's memory grows."""
 
@@ -211,30 +218,24 @@ class StreamCache(Cache):
         self.attention: list[AttentionMemory] = []
         self.forks: dict[int, ForkMemory | CreditMemory] = {}
         self.real: Tensor | None = None
-        self._owner: tuple[Any, ...] | None = None
+        self._settings: dict[str, Any] | None = None
 
     def begin(self, config: ThoughtbubblesConfig, budget: Fraction, batch: int) -> None:
         """Get ready for a pass of a model.
 
         Raises:
-            ValueError: if the cache was filled by a model of another shape, at another budget or for another batch.
+            ValueError: if the cache was filled by a model of other settings, at another budget or for another batch.
         """
-        owner = (
-            config.num_hidden_layers,
-            config.num_loops,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.gated_layers + config.copied_layers,
-            config.attenuation,
-            config.admission_rule == "threshold",
-        )
-        if self._owner is None:
-            self._owner, self.budget = owner, budget
+        settings = {name: getattr(config, name) for name in _SETTINGS}
+        if self._settings is None:
+            self._settings, self.budget = copy.deepcopy(settings), budget
             self.attention = [AttentionMemory() for _ in range(config.depth)]
             memory = CreditMemory if config.admission_rule == "threshold" else ForkMemory
             self.forks = {layer: memory() for layer in config.gated_layers}
-        if owner != self._owner:
-            raise ValueError(f"cache: filled by a model of shape {self._owner}, expected {owner}")
+        others = [name for name, value in settings.items() if value != self._settings[name]]
+        if others:
+            filled, now = ({name: of[name] for name in others} for of in (self._settings, settings))
+            raise ValueError(f"cache: filled by a model with {filled}, expected {now}")
         if budget != self.budget:
             raise ValueError(f"budget={budget}: expected {self.budget}, with which the cache was filled")
         if self.real is not None and len(self.real) != batch:

@@ -84,7 +84,7 @@ class ScoreHistogram(nn.Module):
 
     @torch.no_grad()
     def observe(self, scores: Tensor, optional: Tensor) -> None:
-        """Count the optional ones of candidates [B, M]; scores that are no numbers, as of a run that diverges, have no bin."""
+        """Count the optional ones of candidates [B, M]; what is no number, in a run that diverges, has no bin."""
         self.observed = self.observed.to(scores.device)
         counted = optional & ~scores.isnan()
         # Clamped before they are whole numbers: what an infinite one becomes is left to the device.

@@ -43,6 +43,15 @@ def test_one_seed_and_one_block() -> None:
     assert (single.mean, single.low, single.high, single.settled) == (0.5, -math.inf, math.inf, False)
 
 
+def test_the_margin_by_hand() -> None:
+    """Deviations of samples, and Student's t of one degree of freedom over seeds and of two over blocks."""
+    found = paired_difference([[0.0, 1.0, 5.0], [2.0, 6.0, 4.0]], np.zeros((2, 3)))
+    # Means of seeds 2 and 4: their deviation is the root of 2. Means of blocks 1, 3.5 and 4.5: the root of 3.25.
+    by_seed, by_block = 12.7062047 * math.sqrt(2 / 2), 4.3026527 * math.sqrt(3.25 / 3)
+    margin = math.hypot(by_seed, by_block)
+    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - margin, 3 + margin), abs=1e-5)
+
+
 def test_equal_losses_differ_by_exactly_nothing() -> None:
     same = paired_difference(np.ones((2, 4)), np.ones((2, 4)))
     assert (same.mean, same.low, same.high, same.settled) == (0, 0, 0, False)

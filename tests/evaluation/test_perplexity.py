@@ -1,4 +1,5 @@
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks
+from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks, token_losses
 
 
 def model(routing: str, budget: float = 1.5) -> ThoughtbubblesForCausalLM:
@@ -34,6 +35,12 @@ def model(routing: str, budget: float = 1.5) -> ThoughtbubblesForCausalLM:
 @pytest.fixture
 def blocks() -> Tensor:
     return torch.randint(23, (5, 11), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_error_is_that_of_a_sample_of_blocks(blocks: Tensor) -> None:
+    per_block = token_losses(model("causal"), blocks).double().mean(1).tolist()
+    expected = statistics.stdev(per_block) / math.sqrt(5)
+    assert evaluate_perplexity(model("causal"), blocks).standard_error == pytest.approx(expected, rel=1e-9)
 
 
 def test_blockwise_is_the_mean_cross_entropy(blocks: Tensor) -> None:

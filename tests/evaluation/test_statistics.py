@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from lm_eval.api import metrics as harness
+from scipy.stats import ttest_rel
 
 from thoughtbubbles.evaluation.statistics import KINDS, Scores, compare
 
@@ -72,6 +73,17 @@ def test_pairing_sees_what_separate_intervals_do_not() -> None:
     assert ours.standard_error > found.estimate / 2  # alone, the two intervals overlap
     reverse = compare(theirs, ours)
     assert (reverse.low, reverse.high, reverse.p_value) == (-found.high, -found.low, found.p_value)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_p_is_two_sided(sign: int) -> None:
+    """Near that of a paired t-test, of which one side alone would be half."""
+    theirs, noise = (np.random.default_rng(seed).normal(0, 1, 400) for seed in (1, 2))
+    ours = theirs + sign * 0.075 + noise - noise.mean()
+    found = compare(Scores.of("mean", ones(ours.tolist())), Scores.of("mean", ones(theirs.tolist())))
+    expected = ttest_rel(ours, theirs).pvalue
+    assert 0.1 < expected < 0.2
+    assert found.p_value == pytest.approx(expected, abs=0.02)
 
 
 def test_equal_scores_do_not_differ() -> None:

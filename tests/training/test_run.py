@@ -15,6 +15,7 @@ from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles import controls as controls_module
 from thoughtbubbles.accounting import training_flops
+from thoughtbubbles.configuration import ROUTINGS
 from thoughtbubbles.data import DataError, PreparedData, prepare
 from thoughtbubbles.data.mixture import Place
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
@@ -449,8 +450,12 @@ def test_a_dense_run_has_no_fork_figures(tmp_path: Path, tiny_data: PreparedData
     assert not any("gate" in name or "forks" in name for row in comparable(tmp_path / "run") for name in row)
 
 
-def test_a_run_that_diverges_stops_before_its_weights_are_spoiled(tmp_path: Path, tiny_data: PreparedData) -> None:
-    overrides = ("training.learning_rate=1e30", "training.save_every=1", "training.warmup_fraction=0.5")
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_run_that_diverges_stops_before_its_weights_are_spoiled(
+    tmp_path: Path, tiny_data: PreparedData, routing: str
+) -> None:
+    overrides = ["training.learning_rate=1e30", "training.save_every=1", "training.warmup_fraction=0.5"]
+    overrides += [f"model.routing={routing}", *(["model.budget=2"] if routing in ("copy", "pause") else [])]
     with pytest.raises(RunError, match=r"step \d+: loss nan, .* stopped before the update.*the last checkpoint is"):
         train(tiny_recipe(tmp_path, tiny_data.path, *overrides), progress=False)
     found = json.loads((tmp_path / "run" / "diverged.json").read_text())
