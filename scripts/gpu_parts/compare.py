@@ -125,7 +125,7 @@ def take_over(done: Path, runs: Path, data: Path) -> None:
     """Put the small files of finished runs on the same data where a comparison looks for them."""
     from thoughtbubbles.data.prepared import load_prepared
 
-    identity = load_prepared(data).manifest.fingerprint
+    identity = load_prepared(data).manifest.content
     for path in sorted(done.glob(f"*/*/{RUN_NAME}")):
         target = runs / path.parent.relative_to(done)
         if not target.exists() and json.loads(path.read_text(encoding="utf-8"))["data"] == identity:

@@ -66,6 +66,15 @@ def test_the_manifest_has_a_sha256_of_every_other_file(made: Path) -> None:
     assert len(expected) >= 7
 
 
+def test_the_same_text_has_the_same_content_wherever_it_lay(made: Path, tmp_path: Path) -> None:
+    contents = []
+    for name, texts in (("same", make_texts(30)), ("other", make_texts(29))):
+        prepare(tmp_path / name / "data", [str(write_folder(tmp_path / name / "corpus", texts))])
+        contents.append(Manifest.read(tmp_path / name / "data").content)
+    assert contents[0] == Manifest.read(made).content != contents[1]
+    assert Manifest.read(tmp_path / "same" / "data").fingerprint != Manifest.read(made).fingerprint
+
+
 def test_data_are_read_whole_once(data: Path, read: list[str]) -> None:
     for _ in range(3):
         load_prepared(data)

@@ -1,5 +1,6 @@
 """The manifest of prepared data: what is in the folder, and what it was made from."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,6 +137,12 @@ class Manifest:
     validation: SplitRecord
     versions: dict[str, str]
     files: dict[str, str]
+
+    @property
+    def content(self) -> str:
+        """Sha256 of the blocks and the tokenizer: the same wherever the same text was prepared in the same way."""
+        parts = [(name, digest) for name, digest in self.files.items() if name.endswith((".arrow", "/tokenizer.json"))]
+        return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The manifest as indented JSON text."""

@@ -187,7 +187,7 @@ def _load_blocks(recipe: Recipe, section: DataSection, verify: bool, progress: b
         vocab_size=first.vocab_size,
         longest=first.block_size,
         source=", ".join(weights),
-        identity=" ".join(corpus.manifest.fingerprint for corpus in corpora),
+        identity=" ".join(corpus.manifest.content for corpus in corpora),
     )
 
 
@@ -213,7 +213,7 @@ def _load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress:
     )
     blocks = StreamMixture(shards, list(section.stream.values()), packing, settings.steps * settings.batch_size)
     facts = json.dumps([source_facts(source, content_facts) for source in sources], sort_keys=True)
-    fingerprints = [corpus.manifest.fingerprint for corpus in corpora]
+    fingerprints = [corpus.manifest.content for corpus in corpora]
     return RunData(
         samples=StreamedBlocks(blocks, lanes, manifest.block_size),
         validation=_validation(corpora, section.validation),
