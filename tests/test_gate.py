@@ -202,6 +202,24 @@ def test_the_width_is_static() -> None:
     assert gate(full, Fraction(3, 2)).token.shape == gate(sparse, Fraction(3, 2)).token.shape == (1, 9)
 
 
+def test_draws_far_closer_than_scores_can_be_are_told_apart() -> None:
+    """The fork of the second token was drawn better than the first's, by less than a step of the routers' grid."""
+    gate = random_gate(routing="random")
+    gate.draw = lambda token, step: torch.tensor([[0.5, 0.1, 0.5 + 2**-40, 0.1]], dtype=torch.float64)
+    out = gate(Streams.from_embeddings(torch.randn(1, 2, 16)), Fraction(3, 2))
+    assert out.origin is not None
+    assert out.origin.tolist() == [[1, 2, 3]]
+
+
+def test_equal_streams_have_equal_scores_in_any_batch() -> None:
+    gate = random_gate()
+    stream = torch.randn(1, 1, 16)
+    one = gate.candidate_scores(Streams.from_embeddings(stream))
+    for rows, tokens in ((1, 2), (1, 7), (3, 33), (16, 64)):
+        many = gate.candidate_scores(Streams.from_embeddings(stream.expand(rows, tokens, -1).contiguous()))
+        assert torch.equal(many, one.repeat(rows, tokens))
+
+
 @given(
     st.integers(1, 12).flatmap(
         lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)

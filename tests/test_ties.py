@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import tiny_model
+from tests.helpers import survivors_of, tiny_model
+from thoughtbubbles import routing
 from thoughtbubbles.cache import StreamCache
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 
@@ -104,3 +105,20 @@ def test_few_rows_leave_it_in_float32(fork_layers: list[int], record_property: C
     found = rows_that_leave(tiny_model(budget=1.5, fork_layers=fork_layers), [padded, chunked], 1e-4)
     record_property("rows that leave", found)
     assert all(count <= ROWS // 10 for count in found.values()), found
+
+
+@torch.no_grad()
+def test_the_grid_is_too_fine_to_choose(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no token repeats, fewer than 1 in 1,000 survivors are others than those of a grid 256 times as fine."""
+    model = tiny_model(budget=1.5, fork_layers=[1, 2, 3])
+    draw = torch.Generator().manual_seed(6)
+    ids = torch.stack([torch.randperm(VOCABULARY, generator=draw) for _ in range(ROWS)])
+
+    def survivors() -> list[dict[int, list[int]]]:
+        return survivors_of(model(ids, output_streams=True).streams, [1, 2, 3])
+
+    coarse = survivors()
+    monkeypatch.setattr(routing, "GRID", routing.GRID / 256)
+    fine = survivors()
+    changed = sum(len(set(a[layer]) - set(b[layer])) for a, b in zip(coarse, fine, strict=True) for layer in a)
+    assert changed < 0.001 * sum(len(chosen) for row in fine for chosen in row.values())
