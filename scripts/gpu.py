@@ -125,6 +125,7 @@ def ended(command: list[str], log: IO[str], seconds: float) -> bool:
 def environment() -> dict[str, str]:
     """That of a part: the package, its siblings and the helpers of the tests from this checkout, no network."""
     folders = [ROOT / "src", ROOT / "scripts", ROOT / "benchmarks", ROOT]
+    folders += [Path(each).resolve() for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONUNBUFFERED": "1"}
 

@@ -2,9 +2,12 @@
 
 import ast
 import inspect
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -289,3 +292,70 @@ def test_metrics_that_the_guide_names_are_written(tiny_run: Path, name: str) -> 
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
     assert README.index("make demo") < README.index("## ")
+
+
+# What a process reads at its start where this folder is on its path: every recipe is cut short.
+FEW_STEPS = """
+import importlib.abc
+import importlib.util
+import sys
+
+SHORT = {"training": {"steps": 3, "eval_every": 2}, "data": {"eval_blocks": 2, "final_eval_blocks": 2}}
+
+
+class FewSteps(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "thoughtbubbles.training.recipe":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_shorten(module):
+            execute(module)
+            parse = module.parse_recipe
+            module.parse_recipe = lambda content: parse({**content, **{
+                section: {**content.get(section, {}), **values} for section, values in SHORT.items()
+            }})
+
+        spec.loader.exec_module = execute_and_shorten
+        return spec
+
+
+sys.meta_path.insert(0, FewSteps())
+"""
+
+
+@pytest.mark.long
+def test_the_blocks_of_the_readme_run_in_order(tmp_path: Path) -> None:
+    """In a fresh copy, without a network; shortened through the environment alone."""
+    root, few = tmp_path / "copy", tmp_path / "few"
+    unwanted = shutil.ignore_patterns(".*", "runs", "kit", "__pycache__")
+    shutil.copytree(ROOT, root, ignore=unwanted)
+    (root / ".venv").symlink_to(sys.prefix)
+    few.mkdir()
+    (few / "sitecustomize.py").write_text(FEW_STEPS)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{few}{os.pathsep}{root / 'src'}",
+        "MAKEFLAGS": "READY=",  # the environment is there
+    }
+    ran = []
+    for block in blocks("sh"):
+        lines = [line for line in block.splitlines() if line != "make test    # the tests"]
+        if lines[0] == "# with a network":
+            continue
+        page = lines[0].startswith("thoughtbubbles demo")
+        shell = ["timeout", "60"] if page else []
+        done = subprocess.run(
+            [*shell, "bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (124 if page else 0), f"{block}\n{done.stdout}\n{done.stderr}"
+        ran.append(done.stdout)
+    assert "What this does not show" in ran[0]
+    assert "thoughtbubbles" in ran[1]
