@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("src", "scripts", "")]
 
 from gpu_parts.cases import REFERENCES_NAME, TOY, all_cases, make_reference, name_of, write_references  # noqa: E402
-from gpu_parts.kit import DATA_NAME, KIT_NAME, pack_file  # noqa: E402
+from gpu_parts.kit import DATA_NAME, KIT_NAME, checksum, pack_file, read_kit  # noqa: E402
 from thoughtbubbles.data import prepare  # noqa: E402
 from thoughtbubbles.files import write_text  # noqa: E402
 from thoughtbubbles.machine import describe_machine  # noqa: E402
@@ -36,8 +36,6 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 def main() -> None:
     """Pack."""
     options = parse_arguments()
-    if (options.kit / KIT_NAME).exists() and not options.wheels:
-        raise SystemExit(f"{options.kit} holds a kit: expected a new folder")
     options.kit.mkdir(parents=True, exist_ok=True)
     pack_references(options.kit, TOY if options.toy else None)
     data = toy_data(options.kit) if options.toy else options.data
@@ -92,11 +90,14 @@ def toy_data(kit: Path) -> Path:
 
 
 def pack_data(folder: Path, kit: Path) -> dict[str, str]:
-    """The checksum of each file of a prepared folder, by its path in the kit."""
-    shutil.rmtree(kit / DATA_NAME, ignore_errors=True)
+    """The checksum of each file of a prepared folder, by its path in the kit; what is packed there already is left."""
+    before = read_kit(kit)["files"] if (kit / KIT_NAME).exists() else {}
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [f"{DATA_NAME}/{path.relative_to(folder).as_posix()}" for path in files]
-    packed = {name: pack_file(path, kit / name) for name, path in zip(names, files, strict=True)}
+    packed = {f"{DATA_NAME}/{path.relative_to(folder).as_posix()}": checksum(path) for path in files}
+    if packed != before:
+        shutil.rmtree(kit / DATA_NAME, ignore_errors=True)
+        for name, path in zip(packed, files, strict=True):
+            pack_file(path, kit / name)
     if folder.parent == kit:
         shutil.rmtree(folder)
     return packed

@@ -4,6 +4,8 @@ References take minutes on a CPU, so they are made beforehand and carried as arr
 numbers are the same on every machine, and need not be carried.
 """
 
+import hashlib
+import inspect
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,7 +18,7 @@ import torch
 from tests.helpers import Case, all_pairs, padding_mask, set_thresholds
 from torch import Tensor
 
-from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, reference
 from thoughtbubbles.files import replacing
 from thoughtbubbles.reference import ReferenceFork, reference_forward
 
@@ -134,21 +136,32 @@ def make_reference(case: Case) -> Reference:
 
 def write_references(path: Path, references: Mapping[str, Reference]) -> None:
     """Save references by the name of their case."""
-    packed = {}
-    for name, reference in references.items():
-        forks = [{layer: _packed(fork) for layer, fork in row.items()} for row in reference.forks]
-        packed[name] = {**vars(reference), "logits": reference.logits.float(), "forks": forks}
+    packed: dict[str, Any] = {}
+    for name, said in references.items():
+        forks = [{layer: _packed(fork) for layer, fork in row.items()} for row in said.forks]
+        packed[name] = {**vars(said), "logits": said.logits.float(), "forks": forks}
     with replacing(path) as partial:
-        torch.save(packed, partial)
+        torch.save({"source": source(), "cases": packed}, partial)
 
 
 def read_references(path: Path) -> dict[str, Reference]:
-    """What `write_references` saved."""
-    found = {}
-    for name, values in torch.load(path, weights_only=True).items():
+    """What `write_references` saved.
+
+    Raises:
+        ValueError: if the reference has changed since.
+    """
+    found, saved = {}, torch.load(path, weights_only=True)
+    if saved["source"] != source():
+        raise ValueError(f"{path} is of another version of reference.py: pack the kit again")
+    for name, values in saved["cases"].items():
         forks = [{layer: ReferenceFork(**fork) for layer, fork in row.items()} for row in values["forks"]]
         found[name] = Reference(**{**values, "logits": values["logits"].double(), "forks": forks})
     return found
+
+
+def source() -> str:
+    """Tells versions of the reference apart."""
+    return hashlib.sha256(inspect.getsource(reference).encode()).hexdigest()
 
 
 def _packed(fork: ReferenceFork) -> dict[str, Any]:

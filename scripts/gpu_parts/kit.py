@@ -22,13 +22,17 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 UNPACKERS: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".xz": lzma.decompress}
 
 
-def pack_file(path: Path, target: Path) -> str:
-    """Write a file in the smallest of some forms to `target` and a suffix; its checksum."""
+def checksum(path: Path) -> str:
+    """Sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pack_file(path: Path, target: Path) -> None:
+    """Write a file in the smallest of some forms to `target` and a suffix."""
     content = path.read_bytes()
     suffix, packed = min(((suffix, pack(content)) for suffix, pack in PACKERS.items()), key=lambda each: len(each[1]))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.with_name(target.name + suffix).write_bytes(packed)
-    return hashlib.sha256(content).hexdigest()
 
 
 def unpack_folder(kit: Path, name: str, target: Path) -> Path:
@@ -40,14 +44,14 @@ def unpack_folder(kit: Path, name: str, target: Path) -> Path:
     if target.exists():
         return target
     checksums: dict[str, str] = read_kit(kit)["files"]
-    wanted = {path: checksum for path, checksum in checksums.items() if Path(path).parts[0] == name}
+    wanted = {path: digest for path, digest in checksums.items() if Path(path).parts[0] == name}
     if not wanted:
         raise ValueError(f"{kit} has no {name}: pack it with scripts/gpu_kit.py")
     with replacing(target) as partial:
-        for path, checksum in wanted.items():
+        for path, digest in wanted.items():
             place = partial / Path(path).relative_to(name)
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(_unpacked(kit, path, checksum))
+            place.write_bytes(_unpacked(kit, path, digest))
     return target
 
 
@@ -76,12 +80,12 @@ def read_kit(kit: Path) -> dict[str, Any]:
     return found
 
 
-def _unpacked(kit: Path, path: str, checksum: str) -> bytes:
+def _unpacked(kit: Path, path: str, digest: str) -> bytes:
     for suffix, unpack in UNPACKERS.items():
         packed = kit / (path + suffix)
         if packed.exists():
             content = unpack(packed.read_bytes())
-            if hashlib.sha256(content).hexdigest() != checksum:
+            if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"{packed} is not what was packed: pack the kit again")
             return content
     raise ValueError(f"{kit / path} is missing: pack the kit again")

@@ -146,6 +146,13 @@ def test_a_kit_comes_back_byte_by_byte_or_not_at_all(tmp_path: Path) -> None:
     unpacked = unpack_folder(kit, "data", tmp_path / "unpacked")
     for path in ("train/ids", "manifest.json"):
         assert (unpacked / path).read_bytes() == (source / path).read_bytes()
+    packed = kit / "data" / "manifest.json.bz2"
+    packed.rename(packed.with_suffix(".gone"))
+    pack_data(source, kit)
+    assert not packed.exists(), "what has not changed is not packed again"
+    (source / "manifest.json").write_text("{ }")
+    pack_data(source, kit)
+    assert packed.exists()
     (kit / "kit.json").write_text((kit / "kit.json").read_text().replace('"data/train/ids": "', '"data/train/ids": "0'))
     with pytest.raises(ValueError, match="is not what was packed"):
         unpack_folder(kit, "data", tmp_path / "again")
