@@ -57,7 +57,7 @@ evaluate-books: books
 		$(BIN)/thoughtbubbles train recipes/evaluation/gsm8k.yaml model.pretrained=$(RUNS)/$$model \
 			training.output=$(RUNS)/$$model-gsm8k data.source=$(EVALS)/gsm8k-train.parquet \
 			training.eval_tasks_dir=$(EVALS) && \
-		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 --separator $(SMALL) \
+		$(BIN)/thoughtbubbles evaluate $(RUNS)/$$model-gsm8k --tasks gsm8k --num-fewshot 0 $(SMALL) \
 			--budget $$budgets --output $(RUNS)/$$model-gsm8k/evaluation $$against || exit 1; \
 	done
 

@@ -9,7 +9,6 @@ step, tokens per second and bytes of cache per token.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, update_thresholds
 from thoughtbubbles.cache import StreamCache
 from thoughtbubbles.decoding import CACHE_NAME
+from thoughtbubbles.files import json_text
 from thoughtbubbles.machine import describe_machine
 
 VARIANTS = ("ours, cached", "threshold, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
@@ -37,7 +37,7 @@ def main() -> None:
     for batch in arguments.batch_sizes:
         for context in arguments.contexts:
             rows += measure(models, context, batch, arguments)
-    print(json.dumps({"settings": vars(arguments), "machine": describe_machine(arguments.device), "rows": rows}))
+    print(json_text({"settings": vars(arguments), "machine": describe_machine(arguments.device), "rows": rows}))
 
 
 def parse_arguments() -> argparse.Namespace:

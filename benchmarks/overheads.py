@@ -8,7 +8,6 @@ The last line is JSON: the settings, the machine and the figures.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from thoughtbubbles.data.splitting import spread
+from thoughtbubbles.files import json_text
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.folder import METRICS_NAME
@@ -54,7 +54,7 @@ def main() -> None:
         }
     for name, value in found.items():
         print(f"{name:<32}{value:.4g}")
-    print(json.dumps({"settings": vars(arguments), "machine": describe_machine(device()), **found}))
+    print(json_text({"settings": vars(arguments), "machine": describe_machine(device()), **found}))
 
 
 def parse_arguments() -> argparse.Namespace:

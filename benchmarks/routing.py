@@ -9,7 +9,6 @@ The last line is JSON: the settings, the machine, and a row for each router, bud
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.attention import attenuated_attention, rotary_angles
 from thoughtbubbles.budget import parse_budget
 from thoughtbubbles.controls import ROUTERS
+from thoughtbubbles.files import json_text
 from thoughtbubbles.gate import pack_left
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.modeling import ThoughtbubblesBlock
@@ -47,7 +47,7 @@ def main() -> None:
         each = row["bytes"] / row["streams"]
         print(f"attention over {row['streams']:>6} streams {row['bytes'] / 1e6:>9.1f} MB, {each:,.0f} bytes a stream")
     machine = describe_machine(arguments.device)
-    print(json.dumps({"settings": vars(arguments), "machine": machine, "routing": rows, "memory": memory}))
+    print(json_text({"settings": vars(arguments), "machine": machine, "routing": rows, "memory": memory}))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,7 +9,6 @@ milliseconds, the share of the peak and, where parts are timed, the milliseconds
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +23,7 @@ from parts import part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import dense_twin, layer_widths, training_flops
 from thoughtbubbles.attention import rotary_angles
+from thoughtbubbles.files import json_text
 from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.streams import Streams
@@ -65,7 +65,7 @@ def main() -> None:
         "peak_memory": peak_memory(torch.device(arguments.device)),
         "variants": rows,
     }
-    print(json.dumps(result))
+    print(json_text(result))
 
 
 def parse_arguments() -> argparse.Namespace:

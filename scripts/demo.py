@@ -24,6 +24,7 @@ from thoughtbubbles.files import write_text
 from thoughtbubbles.inspection.bubbles import bubble_sizes
 from thoughtbubbles.inspection.plots import plot_bubbles, plot_losses
 from thoughtbubbles.loading import load_model, load_tokenizer
+from thoughtbubbles.text import token_pieces
 from thoughtbubbles.training.recipe import load_recipe
 from thoughtbubbles.training.run import RunSummary, train
 
@@ -163,7 +164,7 @@ def draw() -> None:
     model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")
     ids = load_prepared(OUTPUT / "data").validation[0]["input_ids"][:PASSAGE_TOKENS]
     plot_bubbles(
-        [str(tokenizer.decode([token])) for token in ids.tolist()],
+        token_pieces(tokenizer, ids.tolist()),
         bubble_sizes(model, ids[None])[0].tolist(),
         model.config.gated_layers,
         OUTPUT / "bubbles.png",

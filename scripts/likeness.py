@@ -6,7 +6,6 @@ the mean score p of roots and of forks, and the roots' mean norm; and the norm o
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from thoughtbubbles.data import load_prepared
 from thoughtbubbles.data.splitting import spread
+from thoughtbubbles.files import json_text
 from thoughtbubbles.loading import load_model
 from thoughtbubbles.machine import describe_machine
 from thoughtbubbles.streams import Streams
@@ -35,7 +35,7 @@ def main() -> None:
         out = model(blocks, output_streams=True)
     embeddings = {layer: gate.fork_embedding.norm().item() for layer, gate in model.model.gates.items()}
     layers = [likeness(streams) for streams in out.streams]
-    print(json.dumps({"layers": layers, "fork_embedding_norm": embeddings, "machine": describe_machine()}))
+    print(json_text({"layers": layers, "fork_embedding_norm": embeddings, "machine": describe_machine()}))
 
 
 def likeness(streams: Streams) -> dict[str, Any]:

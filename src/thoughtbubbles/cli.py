@@ -3,7 +3,6 @@
 Commands import what they need when they run, so that help answers at once.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from thoughtbubbles.errors import InputError, RunError, ending
-from thoughtbubbles.files import user_path
+from thoughtbubbles.files import json_text, user_path
 
 # What the command line itself may get wrong; typer names only its last kind.
 UsageError: Any = typer.BadParameter.__base__
@@ -87,10 +86,11 @@ def prepare(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, folders, globs, .parquet or .jsonl files; hf:NAME or hf:NAME?KEY=VALUE&KEY=VALUE, a "
-            "dataset of the Hugging Face hub or a folder laid out like one, with the keys config, split (train), "
-            "field, streaming (true), revision and data_files; or `python-stdlib`, which is also taken if none is "
-            "named: the source text of the running Python's standard library.",
+            help="Files of text or rows (.parquet, .jsonl, .json, .csv), packed ones (.gz, .zst and others) too; "
+            "folders, globs; hf:NAME or hf:NAME?KEY=VALUE&KEY=VALUE, a dataset of the Hugging Face hub or a folder "
+            "laid out like one, with the keys config, split (train), field, streaming (true), revision and "
+            "data_files; or `python-stdlib`, which is also taken if none is named: the source text of the running "
+            "Python's standard library.",
             show_default=False,
         ),
     ] = None,
@@ -155,6 +155,8 @@ def prepare(
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         typer.echo(f"{name:<11}{split.documents:>9,} documents {split.tokens:>13,} tokens {split.blocks:>9,} blocks")
     typer.echo(f"vocabulary {manifest.vocab_size:>9,} tokens, blocks of {manifest.block_size} in {output}")
+    for line in manifest.remarks():
+        typer.echo(line)
 
 
 @app.command("make-task")
@@ -323,9 +325,11 @@ def perplexity(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Folder that `thoughtbubbles prepare` wrote, of which the validation split is taken, or a text file."
+            help="Folder that `thoughtbubbles prepare` wrote, of which the validation split is taken, or a file of "
+            "text or rows."
         ),
     ],
+    text_field: Annotated[str, typer.Option(help="Field of a file's rows that holds the text.")] = "text",
     mode: Annotated[
         str | None,
         typer.Option(
@@ -351,7 +355,7 @@ def perplexity(
     with _bad_input():
         check_options(mode or "blockwise", budget_rule)
         parse_budget(budget or 1)
-    rows, tokenizer = _validation_blocks(data, model, blocks)
+    rows, tokenizer = _validation_blocks(data, model, blocks, text_field)
     size = TextSize.of(tokenizer, rows)
     loaded = load_model(model)
     modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.admission_rule == "topk")
@@ -361,7 +365,7 @@ def perplexity(
             on_progress = partial(bar.advance, note="tokens")
             results.append(evaluate_perplexity(loaded, rows, each, budget, budget_rule, batch_size, on_progress, size))
     if as_json:
-        typer.echo(json.dumps([asdict(result) for result in results], indent=2))
+        typer.echo(json_text([asdict(result) for result in results], indent=2))
     else:
         for result in results:
             typer.echo(_describe(result))
@@ -372,8 +376,13 @@ def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; empty starts a new document.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="File that holds the prompt; without either, standard input does.")
+        Path | None,
+        typer.Option(
+            help="File that holds the prompt, or one in each row of .jsonl, .json, .csv or .parquet; without either, "
+            "standard input does."
+        ),
     ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of rows that holds the text.")] = "text",
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
@@ -396,22 +405,22 @@ def generate(
     from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
     from thoughtbubbles.loading import load_model, load_tokenizer
     from thoughtbubbles.options import check_seed
+    from thoughtbubbles.text import token_pieces
 
     check_seed("--seed", seed, InputError)
     with _bad_input():
         parse_budget(budget or 1)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     tokenizer, loaded = load_tokenizer(model), load_model(model)
-    for text in _prompts(prompt, file, interactive):
+    for text in _prompts(prompt, file, text_field, interactive):
         with _bad_input():
             streamer = None if as_json else _streamer(tokenizer)
             made = generate_text(loaded, tokenizer, text, max_new_tokens, sampling, budget, seed, streamer)
         sizes = final_bubbles(loaded, made.ids, budget) if show_bubbles else None
         if as_json:
-            typer.echo(json.dumps({**asdict(made), "seed": seed, "bubbles": sizes}))
+            typer.echo(json_text({**asdict(made), "seed": seed, "bubbles": sizes}))
         elif sizes is not None:
-            pieces = [str(tokenizer.decode([token])) for token in made.ids]
-            typer.echo(mark_bubbles(pieces, sizes))
+            typer.echo(mark_bubbles(token_pieces(tokenizer, made.ids), sizes))
 
 
 @app.command()
@@ -443,10 +452,6 @@ def evaluate(
             help="Worked examples before each document, in place of the task's own number.", min=0, show_default=False
         ),
     ] = None,
-    separator: Annotated[
-        bool,
-        typer.Option("--separator", help="Start prompts with the token that starts documents, as `task: sft` does."),
-    ] = False,
     no_cache: Annotated[
         bool,
         typer.Option("--no-cache", help="Recompute the prefix for every generated token: the paper's rule for topk."),
@@ -475,7 +480,6 @@ def evaluate(
         limit=limit,
         budgets=None if budget is None else parse_budgets(budget),
         num_fewshot=num_fewshot,
-        separator=separator,
         use_cache=not no_cache,
         batch_size=batch_size,
     )
@@ -526,7 +530,7 @@ def exact_match(
     with nullcontext() if output is None else output_folder(output, MARKS):
         questions = read_questions(rows, limit)
         found = measure_exact_match(model, questions, str(rows), budgets, batch_size, progress=not as_json)
-        typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+        typer.echo(json_text(found.to_dict(), indent=2) if as_json else found.table())
         if output is not None:
             from thoughtbubbles.inspection.plots import plot_scores
 
@@ -602,7 +606,7 @@ def _inspect_text(
         kept = len(report.trace.ids)
         typer.echo(f"text of {kept + report.tokens_cut} tokens: cut to the first {kept}, all that fit", err=True)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        typer.echo(json_text(report.to_dict()))
     else:
         show_report(report)
     if output is not None:
@@ -628,7 +632,7 @@ def _inspect_data(
     )
     from thoughtbubbles.inspection.statistics import gather_statistics
     from thoughtbubbles.inspection.words import count_words
-    from thoughtbubbles.loading import check_tokenizer, load_model
+    from thoughtbubbles.loading import check_start, check_tokenizer, load_model
     from thoughtbubbles.progress import stage
 
     prepared = load_prepared(data)
@@ -636,6 +640,7 @@ def _inspect_data(
     _check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
     tokenizer = prepared.tokenizer()
     check_tokenizer(model, tokenizer, str(data))
+    check_start(model, tokenizer, str(data))
     independent = None
     if reference is not None:
         independent = load_model(reference)
@@ -647,7 +652,7 @@ def _inspect_data(
         note = partial(bar.advance, note="tokens")
         found = gather_statistics(loaded, tokenizer, rows, words, budget, independent, on_progress=note)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json_text(found.to_dict()))
     else:
         show_statistics(found)
     if output is not None:
@@ -761,7 +766,7 @@ def plan(
         variant,
     )
     if as_json:
-        typer.echo(json.dumps(asdict(made), indent=2))
+        typer.echo(json_text(asdict(made), indent=2))
     else:
         show_plan(made)
 
@@ -772,8 +777,18 @@ def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
     return TextStreamer(tokenizer, skip_special_tokens=True)
 
 
-def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterator[str]:
-    """The prompts of a call: one, or as many as a user types."""
+def _standard_input() -> str:
+    """All of standard input, its line ends as they are."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8: {error}") from None
+
+
+def _prompts(prompt: str | None, file: Path | None, text_field: str, interactive: bool) -> Iterator[str]:
+    """The prompts of a call: one, as many as a user types, or each document of a file."""
+    from thoughtbubbles.data.reading import read_texts
+
     if sum((prompt is not None, file is not None, interactive)) > 1:
         raise InputError("--prompt, --file, --interactive: expected at most one of them")
     if interactive:
@@ -781,18 +796,12 @@ def _prompts(prompt: str | None, file: Path | None, interactive: bool) -> Iterat
             while True:
                 yield input("> ")
     elif file is not None:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"--file {file}: {error}") from None
+        yield from read_texts(file, text_field)
     elif prompt is not None:
         _check_text("--prompt", prompt)
         yield prompt
     else:
-        try:
-            yield "" if sys.stdin.isatty() else sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input: {error}") from None
+        yield "" if sys.stdin.isatty() else _standard_input()
 
 
 def _check_text(name: str, text: str) -> None:
@@ -803,22 +812,25 @@ def _check_text(name: str, text: str) -> None:
         raise InputError(f"{name}: expected text in UTF-8: {error}") from None
 
 
-def _validation_blocks(data: Path, model: str, count: int | None) -> "tuple[Tensor, PreTrainedTokenizerBase]":
-    """`count` blocks [n, T] of prepared data or of a text file, evenly spaced, and the tokenizer that made them."""
+def _validation_blocks(
+    data: Path, model: str, count: int | None, text_field: str
+) -> "tuple[Tensor, PreTrainedTokenizerBase]":
+    """`count` blocks [n, T] of prepared data or of a file, evenly spaced, and the tokenizer that made them."""
     from thoughtbubbles.data import load_prepared
     from thoughtbubbles.data.splitting import spread
     from thoughtbubbles.evaluation.perplexity import read_blocks
-    from thoughtbubbles.loading import check_tokenizer, load_config, load_tokenizer
+    from thoughtbubbles.loading import check_start, check_tokenizer, load_config, load_tokenizer
 
     if data.is_file():
         config, own = load_config(model), load_tokenizer(model)
         _check_vocabulary(config.vocab_size, len(own), data)
-        found = read_blocks(data, own, config.max_position_embeddings)
+        found = read_blocks(data, own, config.max_position_embeddings, text_field)
         return found[spread(len(found), count)], own
     prepared = load_prepared(data)
     tokenizer = prepared.tokenizer()
     _check_vocabulary(load_config(model).vocab_size, prepared.manifest.vocab_size, data)
     check_tokenizer(model, tokenizer, str(data))
+    check_start(model, tokenizer, str(data))
     rows: Tensor = prepared.validation[spread(len(prepared.validation), count)]["input_ids"]
     return rows, tokenizer
 

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -17,6 +18,19 @@ LOCK_NAME = ".lock"
 Record = TypeVar("Record")
 # Met while writing, and said without the name of the file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value in strict JSON: null for the numbers that JSON has none for, NaN and the infinities."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def user_path(path: str | Path) -> Path:

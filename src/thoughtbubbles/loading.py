@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.errors import InputError, RunError, is_network, one_line
 from thoughtbubbles.files import user_path
+from thoughtbubbles.text import recorded_start
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from thoughtbubbles.configuration import ThoughtbubblesConfig
     from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
@@ -71,7 +72,7 @@ def load_weights(path: str | Path, **arguments: Any) -> "ThoughtbubblesForCausal
     name = find_model(path)
     logging.disable_progress_bar()
     try:
-        return ThoughtbubblesForCausalLM.from_pretrained(name, **arguments)
+        return ThoughtbubblesForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
     except Exception as error:  # hub, safetensors, JSON and shape errors alike: it is not what was saved
         raise _unusable(name, error) from error
 
@@ -86,7 +87,7 @@ def load_config(path: str | Path, **changes: Any) -> "ThoughtbubblesConfig":
 
     name = find_model(path)
     try:
-        config: ThoughtbubblesConfig = ThoughtbubblesConfig.from_pretrained(name, **changes)
+        config: ThoughtbubblesConfig = ThoughtbubblesConfig.from_pretrained(name, trust_remote_code=False, **changes)
     except Exception as error:
         raise _unusable(name, error) from error
     return config
@@ -114,29 +115,59 @@ def check_tokenizer(path: str | Path, tokenizer: "PreTrainedTokenizerBase", sour
         raise InputError(f"data {source}: tokenised with another tokenizer than that of the model {name}")
 
 
+def recorded_start_of(path: str | Path, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that stood before each document of a model's data; None if nothing is recorded, or not for `tokenizer`.
+
+    Raises:
+        InputError: as `load_tokenizer`, for a model that has a tokenizer.
+    """
+    if _lacks_tokenizer(find_model(path)):
+        return None
+    own = load_tokenizer(path)
+    return recorded_start(own) if own.get_vocab() == tokenizer.get_vocab() else None
+
+
+def check_start(path: str | Path, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    """Check that some data puts before its documents what a model was trained to see there.
+
+    Raises:
+        InputError: naming the model, the data and both tokens.
+    """
+    expected, found = recorded_start_of(path, tokenizer), recorded_start(tokenizer)
+    if expected is not None and found is not None and expected != found:
+        ours, theirs = map(tokenizer.convert_ids_to_tokens, (expected, found))
+        raise InputError(
+            f"data {source}: {theirs!r} stands before its documents, expected {ours!r} as in what the model {path} was "
+            "trained on"
+        )
+
+
 def _lacks_tokenizer(name: str) -> bool:
     """Whether a model is a folder without a tokenizer; a hub model is known to lack one only when it is loaded."""
     return Path(name).exists() and not (Path(name) / "tokenizer.json").is_file()
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer saved beside a model, without its limit: texts too long are minded where they are read.
 
     Raises:
-        InputError: as `find_model`, or where there is none.
+        InputError: as `find_model`, or where there is none, a slow one, or one that needs code of its own.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    # Registers the configuration: of one that it does not know transformers asks whether to run the folder's own code.
+    # Registers the configuration, which the tokenizer's class may be found by.
     import thoughtbubbles.modeling  # noqa: F401
 
     name = find_model(path)
     if _lacks_tokenizer(name):
         raise InputError(f"model {name}: expected tokenizer.json beside it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Left open, transformers would ask on standard input whether to run code out of the folder.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything
         raise _unusable(name, error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"model {name}: its tokenizer is a slow one, expected one with a tokenizer.json")
     tokenizer.model_max_length = VERY_LARGE_INTEGER
     return tokenizer

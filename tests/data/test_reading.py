@@ -9,7 +9,8 @@ import pytest
 from tests.data.conftest import write_folder
 from thoughtbubbles.data import DataError, read_rows
 from thoughtbubbles.data.corpora import resolve_source
-from thoughtbubbles.data.reading import PARQUET_ROWS, open_documents, read_documents
+from thoughtbubbles.data.formats import PARQUET_ROWS
+from thoughtbubbles.data.reading import open_documents, read_documents
 
 ROWS = ["first\n", "second", "thïrd"]
 
@@ -137,5 +138,5 @@ def test_text_has_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x.jsonl, line 1 holds a list, expected an object$"):
         list(read_rows(resolve_source(str(tmp_path))))
     (tmp_path / "y.txt").write_text("text")
-    with pytest.raises(DataError, match=r"y.txt is text: expected rows, in .jsonl, .parquet or a dataset of the hub"):
+    with pytest.raises(DataError, match=r"y.txt is text: expected rows, in .jsonl, .json, .csv, .parquet or"):
         next(read_rows(resolve_source(str(tmp_path))))

@@ -99,7 +99,7 @@ def test_bad_templates_are_refused_before_anything_is_read(
 
 def test_a_text_file_has_no_rows_to_fill_a_template(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"expected \.parquet or \.jsonl with a template"):
+    with pytest.raises(DataError, match=r"expected \.parquet, \.jsonl, \.json or \.csv with a template"):
         resolve_source({"path": str(tmp_path), "template": "{{ a }}"})
 
 

@@ -63,6 +63,7 @@ class _MemoryReader:
     def __init__(self, texts: Sequence[str | None] | None) -> None:
         self._texts = texts
         self._next = 0
+        self.undecodable: list[str] = []
 
     def documents(self, start: Position | None = None) -> Documents:
         self._next = 0 if start is None else start["next"]

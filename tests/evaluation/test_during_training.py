@@ -71,8 +71,7 @@ def test_scores_are_those_of_the_model_at_that_step(tmp_path: Path, tiny_data: P
     assert {"gsm8k/harness/exact_match,strict-match", "gsm8k/gold/answer_loglikelihood_stderr"} <= set(first)
     folder = tmp_path / "benchmarks"
     lm = wrap(load_model(output), tiny_data, batch_size=4)
-    preface = str(tiny_data.tokenizer().eos_token)
-    loaded = load_benchmark(BENCHMARKS["gsm8k"], folder, 0, preface)
+    loaded = load_benchmark(BENCHMARKS["gsm8k"], folder, 0)
     record = run_task(lm, loaded, lm.model.config.exact_budget(), limit=2)
     gold = record.find("gold", "solution_loglikelihood")
     assert record.scores(gold).estimate == pytest.approx(last["gsm8k/gold/solution_loglikelihood"], abs=1e-3)

@@ -8,6 +8,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
 from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
 from thoughtbubbles.loading import load_model, load_tokenizer
+from thoughtbubbles.text import RECORD
 
 GREEDY = Sampling(temperature=0)
 
@@ -70,6 +71,7 @@ def test_prompt_too_long(model, tokenizer) -> None:
 def test_empty_prompt_needs_a_token_to_start_with(model, tokenizer) -> None:
     assert generate_text(model, tokenizer, "", 2).prompt_tokens == 1
     tokenizer.bos_token = tokenizer.eos_token = None
+    del tokenizer.init_kwargs[RECORD]
     with pytest.raises(ValueError, match="no token to start a document with"):
         generate_text(model, tokenizer, "")
 

@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_model(tiny_data: PreparedData, routing: str) ->
     asked = pairs()[:5]
     found = wrap(model, tiny_data).loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     for (context, continuation), (score, greedy) in zip(asked, found, strict=True):
-        ids, count = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+        ids, count = [0, *tokenizer.encode(context + continuation)], 1 + len(tokenizer.encode(context))
         row = torch.tensor([ids])
         log_probs = model(row[:, :-1]).logits.log_softmax(-1)[0, count - 1 :]
         expected = log_probs.gather(1, row[0, count:, None]).sum().item()
@@ -109,7 +109,7 @@ def test_scores_are_those_of_decoding_with_the_cache(tiny_data: PreparedData) ->
     model, tokenizer = make_model(tiny_data), tiny_data.tokenizer()
     context, continuation = pairs()[0]
     ((score, _),) = wrap(model, tiny_data).loglikelihood(instances("loglikelihood", [pairs()[0]]), disable_tqdm=True)
-    ids, count = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+    ids, count = [0, *tokenizer.encode(context + continuation)], 1 + len(tokenizer.encode(context))
     cache, total = None, 0.0
     for place, token in enumerate(ids[:-1]):
         with torch.inference_mode():
@@ -124,10 +124,10 @@ def test_the_paper_rule_recomputes_and_differs(tiny_data: PreparedData) -> None:
     """With `topk` the cache routes causally, and recomputing routes the prefix as a whole."""
     model, asked = make_model(tiny_data, routing="topk", budget=1.5), lines(6)
     recomputed = generate(wrap(model, tiny_data, use_cache=False), asked)
-    ids = torch.tensor([tiny_data.tokenizer().encode(asked[0])])
+    ids = torch.tensor([[0, *tiny_data.tokenizer().encode(asked[0])]])
     for _ in range(8):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    assert tiny_data.tokenizer().decode(ids[0]).startswith(asked[0] + recomputed[0])
+    assert tiny_data.tokenizer().decode(ids[0, 1:]).startswith(asked[0] + recomputed[0])
     assert recomputed != generate(wrap(model, tiny_data), asked)
 
 

@@ -1,6 +1,4 @@
-"""The authors' protocol by hand, and the likelihood of gold solutions."""
-
-from typing import Any
+"""The authors' protocol by hand, in which nothing precedes a text, and the likelihood of gold solutions."""
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation.protocols import (
     CHOICES,
-    Choice,
     _likeliest,
     gold_likelihoods,
     last_words,
@@ -21,8 +18,9 @@ from thoughtbubbles.evaluation.protocols import (
 )
 
 
-def token_losses(model: ThoughtbubblesForCausalLM, data: PreparedData, text: str) -> torch.Tensor:
-    ids = torch.tensor([data.tokenizer().encode(text)])
+def token_losses(model: ThoughtbubblesForCausalLM, data: PreparedData, text: str, led: bool = False) -> torch.Tensor:
+    """Of the tokens of a text, after what precedes a text or by itself."""
+    ids = torch.tensor([[data.manifest.tokenizer.separator_id] * led + data.tokenizer().encode(text)])
     return F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
 
 
@@ -32,7 +30,7 @@ def test_the_lowest_mean_loss_wins(tiny_data: PreparedData, routing: str) -> Non
     model, tokenizer = make_model(tiny_data, routing=routing), tiny_data.tokenizer()
     documents = [{**row, "query": row["ctx"], "choices": row["endings"]} for row in captions(24)]
     choices = [CHOICES["hellaswag"](row) for row in documents]
-    found = lowest_losses(wrap(model, tiny_data), choices, {})
+    found = lowest_losses(wrap(model, tiny_data), choices)
     expected: list[float] = []
     without_first: list[float] = []
     for choice in choices:
@@ -52,29 +50,13 @@ def test_the_lowest_mean_loss_wins(tiny_data: PreparedData, routing: str) -> Non
 def test_sentences_are_scored_whole(tiny_data: PreparedData) -> None:
     model = make_model(tiny_data)
     rows = sentence_pairs(1, 12)
-    found = lowest_losses(wrap(model, tiny_data), [CHOICES["blimp"](row) for row in rows], {})
+    found = lowest_losses(wrap(model, tiny_data), [CHOICES["blimp"](row) for row in rows])
     expected = []
     for row in rows:
         good, bad = (token_losses(model, tiny_data, row[name]).mean() for name in ("sentence_good", "sentence_bad"))
         expected.append(float(good <= bad))
     assert found == expected
     assert 0 < sum(found) < 12
-
-
-def test_known_scores_are_not_computed_again(tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = wrap(make_model(tiny_data), tiny_data)
-    choice = Choice("the gate", ["of root", "of the stream"], 1)
-    tokens = [len(lm._encode_pair("the gate", f" {option}")[1]) for option in choice.options]
-    known = {("the gate", " of root"): -2.0 * tokens[0], ("the gate", " of the stream"): -1.0 * tokens[1]}
-    calls: list[Any] = []
-
-    def note(requests: list[Any]) -> list[Any]:
-        calls.extend(requests)
-        return []
-
-    monkeypatch.setattr(lm, "_loglikelihood_tokens", note)
-    assert lowest_losses(lm, [choice], known) == [1.0]
-    assert calls == []
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -106,16 +88,16 @@ def test_the_last_word_must_be_whole(tiny_data: PreparedData, monkeypatch: pytes
 def test_gold_solutions_and_answers(tiny_data: PreparedData) -> None:
     model, tokenizer = make_model(tiny_data, max_position_embeddings=256), tiny_data.tokenizer()
     rows = problems(4)
-    solution, answer = gold_likelihoods(wrap(model, tiny_data), rows, preface="the ")
+    solution, answer = gold_likelihoods(wrap(model, tiny_data), rows)
     assert (solution.metric, answer.metric) == ("solution_loglikelihood", "answer_loglikelihood")
     for row, whole, last in zip(rows, solution.values, answer.values, strict=True):
-        prompt = f"the Question: {row['question']}\nAnswer:"
-        losses = token_losses(model, tiny_data, f"{prompt} {row['answer']}")
-        assert whole == pytest.approx(-losses[len(tokenizer.encode(prompt)) - 1 :].sum().item(), abs=1e-3)
+        prompt = f"Question: {row['question']}\nAnswer:"
+        losses = token_losses(model, tiny_data, f"{prompt} {row['answer']}", led=True)
+        assert whole == pytest.approx(-losses[len(tokenizer.encode(prompt)) :].sum().item(), abs=1e-3)
         border = len(tokenizer.encode(f"{prompt} {row['answer'].rpartition(' ')[0]}"))
-        assert last == pytest.approx(-losses[border - 1 :].sum().item(), abs=1e-3)
+        assert last == pytest.approx(-losses[border:].sum().item(), abs=1e-3)
         assert whole < last < 0
 
 
 def test_wikitext_has_no_other_protocol(tiny_data: PreparedData) -> None:
-    assert measure("wikitext", wrap(make_model(tiny_data), tiny_data), [{"page": "the"}], {}) == []
+    assert measure("wikitext", wrap(make_model(tiny_data), tiny_data), [{"page": "the"}]) == []

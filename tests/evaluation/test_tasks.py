@@ -156,10 +156,10 @@ def test_every_task_has_its_yaml_and_a_headline_that_it_measures(tmp_path: Path)
         assert re.fullmatch(r"\d\.0", loaded.version), name
 
 
-def test_worked_examples_and_preface(tmp_path: Path) -> None:
+def test_worked_examples(tmp_path: Path) -> None:
     write_benchmarks(tmp_path)
-    task = next(iter(load_benchmark(BENCHMARKS["gsm8k"], tmp_path, num_fewshot=0, preface="<|end|>").tasks.values()))
-    assert requests(task)[3][1][0] == f"<|end|>Question: {problems(10)[3]['question']}\nAnswer:"
+    task = next(iter(load_benchmark(BENCHMARKS["gsm8k"], tmp_path, num_fewshot=0).tasks.values()))
+    assert requests(task)[3][1][0] == f"Question: {problems(10)[3]['question']}\nAnswer:"
     blimp = load_benchmark(BENCHMARKS["blimp"], tmp_path, num_fewshot=3)
     assert requests(blimp.tasks["blimp"])[0][1][0] == ""  # sentences take no examples, in the harness either
     with pytest.raises(InputError, match="--num-fewshot 2: expected 0, since piqa has no examples to show"):

@@ -13,6 +13,7 @@ from thoughtbubbles.errors import InputError
 from thoughtbubbles.inspection.ablation import logits_without
 from thoughtbubbles.inspection.trace import BubbleTrace, to_ids, trace_bubbles
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.text import document_ends, token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,9 @@ class Exhibit:
                 logits, without = self.model(torch.tensor([trace.ids], device=self.model.device)).logits, None
         with_forks = logits[0, token].float().softmax(-1)
         best = with_forks.topk(min(TOP, len(with_forks))).indices.tolist()
-        return [(self._piece(i), with_forks[i].item(), None if without is None else without[i].item()) for i in best]
+        words = token_pieces(self.tokenizer, best)
+        chances = [(with_forks[i].item(), None if without is None else without[i].item()) for i in best]
+        return [(word, *chance) for word, chance in zip(words, chances, strict=True)]
 
     def generate(self, ids: Sequence[int], budget: Budget, count: int, seed: int = 0) -> Iterator["Growth"]:
         """Go on with a prompt: what there is before the first new token, and after each.
@@ -107,6 +110,7 @@ class Exhibit:
         """
         cache, generator = StreamCache(), torch.Generator().manual_seed(seed)
         ids, new, sizes = list(ids), list(ids), []
+        ends = document_ends(self.tokenizer)
         longest = self.model.config.max_position_embeddings
         for step in range(count + 1):
             with self.lock, torch.inference_mode():
@@ -117,22 +121,19 @@ class Exhibit:
             yield Growth(list(ids), self.pieces(ids), list(sizes), row_ended)
             probabilities = (out.logits[0, -1].float() / TEMPERATURE).softmax(-1).cpu()
             new = [int(torch.multinomial(probabilities, 1, generator=generator))]
-            if row_ended or step == count or new[0] == self.tokenizer.eos_token_id:
+            if row_ended or step == count or new[0] in ends:
                 return
             ids += new
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token."""
-        return [self._piece(token) for token in ids]
+        return token_pieces(self.tokenizer, ids)
 
     def _ids(self, text: str) -> list[int]:
         ids = to_ids(self.tokenizer, text)
         if not ids:
             raise InputError("text '': expected at least one token")
         return ids
-
-    def _piece(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,16 @@
 
 import base64
 import html
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from thoughtbubbles.comparison.control import control_lines
 from thoughtbubbles.comparison.figures import draw_figures
 from thoughtbubbles.comparison.results import Report
 from thoughtbubbles.comparison.tables import Table, tables
 from thoughtbubbles.errors import RunError, one_line
-from thoughtbubbles.files import write_text
+from thoughtbubbles.files import json_text, write_text
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -43,7 +40,7 @@ def write_report(report: Report, folder: Path) -> None:
 def _write_report(report: Report, folder: Path) -> None:
     figures = draw_figures(report, folder / "plots")
     content = {**asdict(report), "status": status(report), "tables": [asdict(table) for table in tables(report)]}
-    write_text(folder / "report.json", json.dumps(_finite(content), indent=2) + "\n")
+    write_text(folder / "report.json", json_text(content, indent=2) + "\n")
     write_text(folder / "report.md", markdown(report, figures))
     write_text(folder / "report.html", page(report, figures))
 
@@ -111,12 +108,3 @@ def _html_table(table: Table) -> str:
 def _picture(caption: str, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {str(name): _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.packing import TokenArray
 from thoughtbubbles.data.prepared import PreparedData
 from thoughtbubbles.data.splitting import DIGEST_BYTES
@@ -16,6 +17,9 @@ class HeldOut:
     Args:
         corpora: prepared folders of one tokenizer.
         separator: the token that stands before each document, and inside none.
+
+    Raises:
+        DataError: validation that is a part of a document, of which a stream knows nothing.
     """
 
     def __init__(self, corpora: Iterable[PreparedData], separator: int) -> None:
@@ -23,6 +27,11 @@ class HeldOut:
         # The beginnings of documents of which the last block holds no more, and how long these can be.
         self._cut: list[tuple[TokenArray, int]] = []
         for corpus in corpora:
+            if corpus.manifest.cut is not None:
+                raise DataError(
+                    f"{corpus.path}: its validation is a part of a document, which a stream cannot leave out, expected "
+                    "validation of whole documents"
+                )
             *whole, last = _documents(corpus, separator)
             dropped = corpus.manifest.validation.dropped_tokens
             if len(last):

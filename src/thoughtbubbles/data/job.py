@@ -15,6 +15,7 @@ from thoughtbubbles.data.manifest import FORMAT_VERSION
 from thoughtbubbles.data.packing import token_type
 from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
 from thoughtbubbles.options import check_seed
+from thoughtbubbles.text import document_separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +61,10 @@ class Job:
                 "tokenizer": (
                     {"trained": self.vocab_size}
                     if self.tokenizer is None
-                    else {"given": self.tokenizer.backend_tokenizer.to_str(), "eos": self.tokenizer.eos_token_id}
+                    else {
+                        "given": self.tokenizer.backend_tokenizer.to_str(),
+                        "separator": document_separator(self.tokenizer),
+                    }
                 ),
                 "validation_fraction": self.validation_fraction,
                 "block_size": self.block_size,

@@ -1,5 +1,6 @@
 """The manifest of prepared data: what is in the folder, and what it was made from."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from thoughtbubbles.files import write_text
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 PACKING = (
-    "documents, each after the end-of-text token, are concatenated and cut into blocks; "
+    "documents, each after the separator, are concatenated and cut into blocks; "
     "attention and credit cross document borders inside a block"
 )
 
@@ -23,7 +24,7 @@ class SourceRecord:
 
     Attributes:
         name: as the user wrote it.
-        kind: `python-stdlib`, `text`, `parquet`, `jsonl` or several joined by `+`, or `hub`.
+        kind: `python-stdlib`, `text`, `parquet`, `jsonl`, `json`, `csv` or several joined by `+`, or `hub`.
         files: files read; None for a dataset of the hub.
         field: of its rows that holds the text; None where there are only text files, or a template.
         config: of a dataset of the hub, None if none was named; so are the four that follow.
@@ -38,6 +39,9 @@ class SourceRecord:
         limit_tokens: the reading stopped with the document that reached so many tokens; None is no limit.
         reached_limit: whether it came to that.
         template: that made the texts of its rows; None where a field held them.
+        undecodable: how many of those left out are not UTF-8.
+        undecodable_named: where the first few of them stand.
+        unread_files: files of its folders that are not read, their number by suffix.
     """
 
     name: str
@@ -56,6 +60,46 @@ class SourceRecord:
     limit_tokens: int | None
     reached_limit: bool
     template: str | None = None
+    undecodable: int = 0
+    undecodable_named: tuple[str, ...] = ()
+    unread_files: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def left_out(self) -> list[str]:
+        """What is left out of the source, in lines for a person."""
+        lines = []
+        if self.undecodable:
+            more = ", ..." if self.undecodable > len(self.undecodable_named) else ""
+            named = ", ".join(self.undecodable_named) + more
+            lines.append(f"{self.name}: {self.undecodable:,} left out that are not UTF-8: {named}")
+        if empty := self.skipped - self.undecodable:
+            lines.append(f"{self.name}: {empty:,} left out that are empty")
+        if self.unread_files:
+            kinds = ", ".join(f"{number:,} of {suffix}" for suffix, number in self.unread_files.items())
+            lines.append(
+                f"{self.name}: {sum(self.unread_files.values()):,} files left out that are no text or rows: {kinds}"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the only document there was is cut into what is trained on and what is not.
+
+    Attributes:
+        train_bytes: of the beginning, which is trained on, in UTF-8.
+        gap_bytes: of what follows it and is in neither split.
+        validation_bytes: of the rest.
+    """
+
+    train_bytes: int
+    gap_bytes: int
+    validation_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"one document: its first {self.train_bytes:,} bytes are to train on, its last {self.validation_bytes:,} "
+            f"for validation, and the {self.gap_bytes:,} between them in neither"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,8 +109,10 @@ class TokenizerRecord:
     Attributes:
         name: the folder or the name on the hub that it came from, or `trained`.
         sha256: of its tokenizer.json, in hexadecimal.
-        eos_token: the end-of-text token, which stands before each document.
-        eos_token_id: its id.
+        eos_token: its end-of-text token.
+        eos_token_id: the id of that.
+        separator: the token that stands before each document.
+        separator_id: the id of that.
         trained_documents: how many training documents it was trained on; None if it came from a folder.
         trained_bytes: of their text in UTF-8: a sample where there is more than the trainer needs.
     """
@@ -75,6 +121,8 @@ class TokenizerRecord:
     sha256: str
     eos_token: str
     eos_token_id: int
+    separator: str
+    separator_id: int
     trained_documents: int | None
     trained_bytes: int | None
 
@@ -112,6 +160,7 @@ class Manifest:
         validation_fraction: of the documents, asked for; None with validation sources.
         seed: of the split and the order.
         vocab_size: rows that an embedding needs.
+        cut: where the only document is cut in two; None where whole documents are held out.
         excluded_documents: left out of train because a validation source holds the same text.
         packing: how documents became blocks, in words.
         tokenizer: the tokenizer.
@@ -130,6 +179,7 @@ class Manifest:
     validation_fraction: float | None
     seed: int
     vocab_size: int
+    cut: Cut | None
     excluded_documents: int
     packing: str
     tokenizer: TokenizerRecord
@@ -143,6 +193,11 @@ class Manifest:
         """Sha256 of the blocks and the tokenizer: the same wherever the same text was prepared in the same way."""
         parts = [(name, digest) for name, digest in self.files.items() if name.endswith((".arrow", "/tokenizer.json"))]
         return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
+
+    def remarks(self) -> list[str]:
+        """What a person who prepared the data should know, in lines."""
+        cut = [] if self.cut is None else [str(self.cut)]
+        return cut + [line for source in (*self.sources, *self.validation_sources) for line in source.left_out()]
 
     def to_json(self) -> str:
         """The manifest as indented JSON text."""
@@ -164,7 +219,11 @@ class Manifest:
             raise DataError(f"format_version is {version}, expected {FORMAT_VERSION}: prepare the data again")
         try:
             for name in ("sources", "validation_sources"):
-                values[name] = tuple(SourceRecord(**record) for record in values[name])
+                values[name] = tuple(
+                    SourceRecord(**{**record, "undecodable_named": tuple(record["undecodable_named"])})
+                    for record in values[name]
+                )
+            values["cut"] = values["cut"] and Cut(**values["cut"])
             for name in ("train", "validation"):
                 values[name] = SplitRecord(**values[name])
             values["tokenizer"] = TokenizerRecord(**values["tokenizer"])

@@ -61,8 +61,7 @@ def pack(
         shards: arrays that together hold the tokens of all documents, none of which lies in two.
         lengths: tokens of each document.
         order: the documents to pack, in this order.
-        separator: the end-of-text token, which stands before each document, so that a first word has a token to be
-            predicted from.
+        separator: the token that stands before each document, so that a first word has a token to be predicted from.
         dtype: of the tokens.
         block_size: tokens a block.
         path: the file to write.
@@ -98,7 +97,7 @@ def cut_blocks(
 
     Args:
         documents: what stands for each, and its tokens.
-        separator: the end-of-text token, which stands before each document.
+        separator: the token that stands before each document.
         dtype: of the tokens.
         block_size: tokens a block.
         used: tokens of the first document, its separator included, to leave out.

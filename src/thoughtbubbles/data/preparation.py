@@ -40,9 +40,11 @@ def prepare(
 ) -> Manifest:
     """Read documents, tokenise them, and write blocks of token ids for training and validation (Design 4, 7).
 
-    Documents, each after the end-of-text token, are concatenated and cut into blocks, those of train in an order
+    Documents, each after a separator, are concatenated and cut into blocks, those of train in an order
     shuffled by the seed. Attention and routing credit cross document borders inside a block. The tokens left over
-    at the end of a split are dropped and counted. Documents that are empty or not UTF-8 are skipped and counted.
+    at the end of a split are dropped and counted. Documents that are empty or not UTF-8 are skipped and counted. The
+    separator is what the tokenizer has on record, or else its eos token; the folder's tokenizer has it on record, and
+    so will every model that is trained on the folder.
 
     Validation is held out by document: no text of a validation document is in train. The result depends on the
     sources, the options and the seed alone: not on `num_proc`, nor on interruptions.

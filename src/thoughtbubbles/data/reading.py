@@ -1,28 +1,24 @@
 """Reading: the rows and the documents of a source, one at a time, from any place at which an earlier reading stopped.
 
-A text file is one document; a row of a parquet or jsonl file or of a hub dataset is one. Reading twice gives the same
+A text file is one document; a row of another file or of a hub dataset is one. Reading twice gives the same
 in the same order.
 """
 
 import copy
-import json
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from thoughtbubbles.data.corpora import FileSource, Source, file_kind
-from thoughtbubbles.data.errors import DataError, SourceError, UnfinishedError
+from thoughtbubbles.data.corpora import FileSource, Source, file_source
+from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.formats import ROW_KINDS, Row, file_kind, file_rows, read_text_file
 from thoughtbubbles.data.hub import HubReader, HubSource, missing_field, newest_commit
 from thoughtbubbles.data.rowtext import render
-from thoughtbubbles.errors import is_path_error, one_line, os_reason
 
-# Rows decoded at a time from a parquet file: few, because a row can be a whole book.
-PARQUET_ROWS = 32
-PARQUET_BUFFER_BYTES = 1 << 20
+# The field of rows that holds the text, where nobody says otherwise.
+TEXT_FIELD = "text"
 
-Row = dict[str, Any]
 # None stands for a document that is empty or cannot be written as UTF-8.
 Documents = Generator[str | None, None, None]
 # Where a reading stands, as JSON can hold it.
@@ -30,7 +26,14 @@ Position = dict[str, Any]
 
 
 class Reader(Protocol):
-    """The documents of a source in order."""
+    """The documents of a source in order.
+
+    Attributes:
+        undecodable: where documents stand that this reading has skipped so far because they are not UTF-8; who reads
+            may empty it.
+    """
+
+    undecodable: list[str]
 
     def documents(self, start: Position | None = None) -> Documents:
         """The documents from a place on.
@@ -111,11 +114,29 @@ def read_documents(source: Source, text_field: str) -> Documents:
     return open_documents(source, text_field).documents()
 
 
+def read_texts(path: Path, text_field: str = TEXT_FIELD) -> Iterator[str]:
+    """The documents of one file, as `prepare` reads them.
+
+    Args:
+        path: of any kind of file that `prepare` reads; one of an unknown suffix is text.
+        text_field: the field that holds the text, where the file has rows.
+
+    Raises:
+        DataError: no such file, one that cannot be read, or a text that is not UTF-8.
+    """
+    reader = open_documents(file_source(path), text_field)
+    for text in reader.documents():
+        if reader.undecodable:
+            raise DataError(f"{reader.undecodable[0]} is not UTF-8")
+        if text is not None:
+            yield text
+
+
 def read_rows(source: Source) -> Iterator[Row]:
     """All rows of a source, with all their fields.
 
     Args:
-        source: parquet or jsonl files, or a hub dataset.
+        source: files of rows, or a hub dataset.
 
     Raises:
         DataError: a text file, which has no rows, a file that cannot be read, or a hub dataset that is not there.
@@ -124,10 +145,10 @@ def read_rows(source: Source) -> Iterator[Row]:
         yield from HubReader(source).rows()
         return
     for file in source.files:
-        if file_kind(file) == "text":
-            raise DataError(f"{file} is text: expected rows, in .jsonl, .parquet or a dataset of the hub")
+        if file_kind(file) not in ROW_KINDS:
+            raise DataError(f"{file} is text: expected rows, in .jsonl, .json, .csv, .parquet or a dataset of the hub")
     for file in source.files:
-        for _, row in _file_rows(file, 0, None):
+        for _, row in file_rows(file, 0, None):
             yield row
 
 
@@ -141,12 +162,14 @@ class _HubDocuments:
         self._place = f"source {source.name!r}"
         self._field, self._template = field, source.template
         self._reader = HubReader(source, progress)
+        self.undecodable: list[str] = []
         if field is not None:
             self._reader.keep_only(field)
 
     def documents(self, start: Position | None = None) -> Documents:
+        self.undecodable.clear()
         for row in self._reader.rows(start):
-            yield _usable(_text(row, self._place, self._field, self._template))
+            yield _usable(_text(row, self._place, self._field, self._template), self._place, self.undecodable)
 
     def position(self) -> Position:
         return self._reader.position()
@@ -156,7 +179,7 @@ class _HubDocuments:
 
     def shard(self, number: int) -> "_HubDocuments":
         one = copy.copy(self)
-        one._reader = self._reader.shard(number)
+        one._reader, one.undecodable = self._reader.shard(number), []
         return one
 
 
@@ -199,109 +222,33 @@ class _FileDocuments:
         self._files = source.files
         self._field, self._template = field, source.template
         self._file, self._row = 0, 0
+        self.undecodable: list[str] = []
 
     def documents(self, start: Position | None = None) -> Documents:
         self._file, self._row = (start["file"], start["row"]) if start else (0, 0)
+        self.undecodable.clear()
         for file in self._files[self._file :]:
             for text in self._documents(file, self._row):
                 self._row += 1
-                yield _usable(text)
+                yield text
             self._file, self._row = self._file + 1, 0
 
     def position(self) -> Position:
         return {"file": self._file, "row": self._row}
 
     def _documents(self, file: Path, start: int) -> Iterator[str | None]:
-        if file_kind(file) == "text":
-            yield from islice(_text_file(file), start, None)
-        else:
-            for place, row in _file_rows(file, start, self._field):
-                yield _text(row, place, self._field, self._template)
+        if file_kind(file) in ROW_KINDS:
+            for place, row in file_rows(file, start, self._field):
+                yield _usable(_text(row, place, self._field, self._template), place, self.undecodable)
+        elif start == 0:
+            yield self._whole(file)
 
-
-def _text_file(path: Path) -> Iterator[str | None]:
-    try:
-        yield path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield None
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _file_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a file from number `start` on, each with its place; of one field where the format allows."""
-    try:
-        yield from (_parquet_rows if file_kind(path) == "parquet" else _jsonl_rows)(path, start, field)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UnfinishedError:
-    # Without a number it is the library's word for a file that is damaged.
-    kind = SourceError if error.errno is None or is_path_error(error) else UnfinishedError
-    return kind(f"cannot read {path}: {os_reason(error)}")
-
-
-def _parquet_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Without the buffer the whole column of a row group is read at once.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False) as file:
-            if field is not None:
-                _check_text_column(path, file.schema_arrow, field)
-            groups, skipped = _groups_from(file.metadata, start)
-            columns = None if field is None else [field]
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=columns):
-                fresh = batch.slice(skipped)
-                skipped -= batch.num_rows - fresh.num_rows
-                for row in fresh.to_pylist():
-                    yield str(path), row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
-
-
-def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
-    """The row groups that hold rows from number `start` on, and how many rows of the first to leave out."""
-    before = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if start < before + rows:
-            return list(range(group, metadata.num_row_groups)), start - before
-        before += rows
-    return [], 0
-
-
-def _check_text_column(path: Path, schema: Any, field: str) -> None:
-    from pyarrow import types
-
-    if field not in schema.names:
-        raise missing_field(str(path), field, schema.names)
-    kind = schema.field(field).type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise DataError(f"{path}: field {field!r} holds {kind}, expected text")
-
-
-def _jsonl_rows(path: Path, start: int, field: str | None) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        for number, line in islice(numbered, start, None):
-            place = f"{path}, line {number}"
-            yield place, _json_object(line, place, field)
-
-
-def _json_object(line: bytes, place: str, field: str | None) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON that can be read: {one_line(error)}") from error
-    if not isinstance(row, dict):
-        wanted = "an object" if field is None else f"an object with the field {field!r}"
-        raise DataError(f"{place} holds a {type(row).__name__}, expected {wanted}")
-    return row
+    def _whole(self, file: Path) -> str | None:
+        try:
+            return read_text_file(file) or None
+        except UnicodeDecodeError:
+            self.undecodable.append(str(file))
+            return None
 
 
 def _text(row: Row, place: str, field: str | None, template: str | None) -> str | None:
@@ -316,8 +263,9 @@ def _text(row: Row, place: str, field: str | None, template: str | None) -> str 
     return text
 
 
-def _usable(text: str | None) -> str | None:
+def _usable(text: str | None, place: str, undecodable: list[str]) -> str | None:
     try:
         return text if text and text.encode() else None
     except UnicodeEncodeError:  # a lone surrogate, as JSON can spell it
+        undecodable.append(place)
         return None

@@ -2,19 +2,23 @@
 
 import json
 import platform
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from thoughtbubbles.data.corpora import PYTHON_STDLIB, FileSource, Source
+from thoughtbubbles.data.cutting import CutReader, find_cut
 from thoughtbubbles.data.hub import HubSource, newest_commit, quiet_datasets
 from thoughtbubbles.data.job import Job
 from thoughtbubbles.data.manifest import (
     FORMAT_VERSION,
     PACKING,
+    Cut,
     Manifest,
     SourceRecord,
     SplitRecord,
@@ -23,7 +27,7 @@ from thoughtbubbles.data.manifest import (
 from thoughtbubbles.data.packing import Packed, pack, token_type
 from thoughtbubbles.data.reading import Reader, open_documents
 from thoughtbubbles.data.shards import Reading, ShardStore
-from thoughtbubbles.data.splitting import Documents, Indices, split_documents
+from thoughtbubbles.data.splitting import Digests, Documents, Indices, Split, split_documents
 from thoughtbubbles.data.survey import Sample, Survey, read_sample, survey_sources, train_on_sample
 from thoughtbubbles.data.tokenising import Tokeniser
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
@@ -31,6 +35,7 @@ from thoughtbubbles.data.verification import hash_folder
 from thoughtbubbles.data.workfolder import RESULT, SHARDS, SURVEY, fresh, has_work
 from thoughtbubbles.files import write_text
 from thoughtbubbles.progress import say, stage
+from thoughtbubbles.text import document_separator, record_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,6 +73,7 @@ class Run:
         """
         if has_work(self.work):
             say(f"{self.work} holds an earlier start: going on", self.progress)
+        cut = self._cut
         survey, sample = self._survey(), None
         if survey is not None:
             sample = self._train_tokenizer(survey)
@@ -75,7 +81,7 @@ class Run:
         tokenizer = self._save_tokenizer(result / "tokenizer")
         store = ShardStore(self.work / SHARDS, token_type(vocabulary_size(tokenizer)))
         self._tokenise(store, tokenizer, survey)
-        manifest = self._pack(store, tokenizer, survey, sample)
+        manifest = self._pack(store, tokenizer, survey, sample, cut)
         manifest.write(result)
         return manifest
 
@@ -91,6 +97,27 @@ class Run:
             if number >= first and number not in self._opened:
                 self._opened[number] = open_documents(pinned(source), self.job.text_field, self.progress)
         return self._opened
+
+    @cached_property
+    def _cut(self) -> Cut | None:
+        """How the only document is cut; None where there are several, or validation sources."""
+        job = self.job
+        (source, *others) = job.everything
+        streamed = isinstance(source, HubSource) and source.streaming
+        if others or job.validation_fraction is None or streamed:
+            return None
+        reader = self._readers()[0]
+        cut = find_cut(reader, job.validation_fraction, job.block_size)
+        if cut is not None:
+            say(str(cut), self.progress)
+            self._opened[0] = CutReader(reader, job.validation_fraction, job.block_size)
+        return cut
+
+    def _split(self, digests: Digests, count: int, among: Digests | None = None) -> Split:
+        """Divide the documents, of which `count` are of the sources and the rest of the validation sources."""
+        if self._cut is not None:
+            return Split(train=np.array([0]), validation=np.array([1]))
+        return split_documents(digests, count, self.job.validation_fraction, self.job.seed, among)
 
     def _commits(self) -> dict[str, str | None]:
         """The commits of the hub's datasets at the first start: a later one would go on in another text."""
@@ -118,17 +145,16 @@ class Run:
         sample = read_sample(folder)
         if sample is None:
             job = self.job
-            ours = sum(survey.counts[: len(job.sources)])
-            split = split_documents(survey.digests, ours, job.validation_fraction, job.seed)
+            split = self._split(survey.digests, sum(survey.counts[: len(job.sources)]))
             sample = train_on_sample(survey, split.train, self._readers(), job.vocab_size, folder, self.progress)
         return sample
 
     def _save_tokenizer(self, folder: Path) -> "PreTrainedTokenizerFast":
-        if self.job.tokenizer is not None:
-            save_tokenizer(self.job.tokenizer, folder)
-            return self.job.tokenizer
-        shutil.copytree(self.work / TRAINED / "tokenizer", folder)
-        return load_tokenizer(folder)
+        given = self.job.tokenizer
+        tokenizer = load_tokenizer(self.work / TRAINED / "tokenizer") if given is None else given
+        record_start(tokenizer, document_separator(tokenizer))
+        save_tokenizer(tokenizer, folder)
+        return tokenizer
 
     def _tokenise(self, store: ShardStore, tokenizer: "PreTrainedTokenizerFast", survey: Survey | None) -> None:
         sources = self.job.everything
@@ -140,7 +166,9 @@ class Run:
         encoder = Encoder(tokenizer, self.threads)
         with stage("Tokenising", total, self.progress) as bar:
             bar.advance(found.bytes, "")
-            Tokeniser(store, sources, readers, encoder, self.job.limits, survey).run(bar)
+            # The document that reaches a limit is the last, and is read whole: so is the only one.
+            limits = [None] if self._cut is not None else self.job.limits
+            Tokeniser(store, sources, readers, encoder, limits, survey).run(bar)
             found = sum(store.readings(len(sources)), Reading())
             bar.show(f"{found.documents:,} documents, {found.tokens:,} tokens")
 
@@ -150,6 +178,7 @@ class Run:
         tokenizer: "PreTrainedTokenizerFast",
         survey: Survey | None,
         sample: Sample | None,
+        cut: Cut | None,
     ) -> Manifest:
         job, documents, readings = self.job, store.documents(), store.readings(len(self.job.everything))
         commits = self._commits()
@@ -157,16 +186,16 @@ class Run:
             _source_record(source, reading, limit, job.text_field, commits.get(source.name))
             for source, reading, limit in zip(job.everything, readings, job.limits, strict=True)
         )
-        split = split_documents(
+        split = self._split(
             documents["digest"],
-            sum(record.documents for record in records[: len(job.sources)]),
-            job.validation_fraction,
-            job.seed,
+            sum(reading.documents for reading in readings[: len(job.sources)]),
             among=survey.digests if survey is not None and job.limit_tokens else None,
         )
-        separator = int(tokenizer.eos_token_id)
+        separator = document_separator(tokenizer)
         train = self._pack_split("train", split.train, store, documents, separator)
         validation = self._pack_split("validation", split.validation, store, documents, separator)
+        if cut is not None:
+            records = (replace(records[0], documents=1),)
         return Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self.fingerprint,
@@ -177,6 +206,7 @@ class Run:
             validation_fraction=job.validation_fraction,
             seed=job.seed,
             vocab_size=vocabulary_size(tokenizer),
+            cut=cut,
             excluded_documents=len(documents) - len(split.train) - len(split.validation),
             packing=PACKING,
             tokenizer=_tokenizer_record(job.tokenizer_name, tokenizer, sample, self.work / RESULT / "tokenizer"),
@@ -223,6 +253,9 @@ def _source_record(
         limit_tokens=limit,
         reached_limit=reading.limited,
         template=source.template,
+        undecodable=reading.undecodable,
+        undecodable_named=reading.named,
+        unread_files=dict(source.left_out) if isinstance(source, FileSource) else {},
     )
 
 
@@ -234,6 +267,8 @@ def _tokenizer_record(
         sha256=tokenizer_hash(folder),
         eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,
+        separator=str(tokenizer.convert_ids_to_tokens(document_separator(tokenizer))),
+        separator_id=document_separator(tokenizer),
         trained_documents=None if sample is None else sample.documents,
         trained_bytes=None if sample is None else sample.bytes,
     )

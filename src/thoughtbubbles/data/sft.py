@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from thoughtbubbles.data.corpora import Source, resolve_source
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.formats import Row
 from thoughtbubbles.data.hub import missing_field
 from thoughtbubbles.data.packing import TokenArray, token_type
-from thoughtbubbles.data.reading import Row, read_rows
+from thoughtbubbles.data.reading import read_rows
 from thoughtbubbles.data.splitting import DIGEST_BYTES, digest, hold_out
 from thoughtbubbles.data.tokenizer import EncodedPiece, Encoder, Tokens, vocabulary_size
 from thoughtbubbles.progress import stage
+from thoughtbubbles.text import start_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +97,7 @@ class Example:
     """A prompt and its completion.
 
     Attributes:
-        tokens: [L], the separator, the prompt, the completion, the end of text.
+        tokens: [L], what precedes a text, the prompt, the completion, the end of text.
         border: how many of them stand before the completion.
     """
 
@@ -204,8 +206,8 @@ def read_examples(
 ) -> Examples:
     """Read and tokenise the rows of a source; the result does not depend on the number of cores.
 
-    An example is the separator (bos token, or eos where there is none), the tokens of the prompt, those of the
-    completion and the eos token. Prompt and completion are tokenised apart, and the text of a special token inside
+    An example is what precedes a text (see `start_document`), the tokens of the prompt, those of the completion and
+    the eos token. Prompt and completion are tokenised apart, and the text of a special token inside
     them is ordinary text. All tokens are held in memory, 2 or 4 bytes each.
 
     Args:
@@ -266,10 +268,9 @@ class _Builder:
     """Collects examples in flat arrays: millions of rows as Python objects would not fit."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
-        end = tokenizer.eos_token_id
-        start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self._type = token_type(vocabulary_size(tokenizer))
-        self._start, self._end = (np.array([token], dtype=self._type) for token in (start, end))
+        start, end = start_document(tokenizer), [tokenizer.eos_token_id]
+        self._start, self._end = (np.array(tokens, dtype=self._type) for tokens in (start, end))
         self._max_length = max_length
         self._tokens = bytearray()
         self._places = array("q")
@@ -279,7 +280,7 @@ class _Builder:
     def add(self, prompt: Tokens, completion: Tokens) -> None:
         """Add the example of the next row, if it is not too long."""
         self.rows += 1
-        border = 1 + len(prompt)
+        border = len(self._start) + len(prompt)
         length = border + len(completion) + 1
         self._shortest = min(length, self._shortest or length)
         if length > self._max_length:

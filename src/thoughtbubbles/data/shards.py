@@ -20,6 +20,8 @@ from thoughtbubbles.files import replacing, write_text
 
 # A shard ends with the document that reaches this: a quarter of a minute of work on one core.
 SHARD_BYTES = 64 << 20
+# Places named of documents that are not UTF-8.
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Reading:
         bytes: of their text in UTF-8.
         tokens: of theirs, separators included.
         skipped: documents that are empty or not UTF-8.
+        undecodable: how many of them are not UTF-8.
+        named: where the first few of those stand.
         limited: whether it was left at the limit of tokens.
     """
 
@@ -38,6 +42,8 @@ class Reading:
     bytes: int = 0
     tokens: int = 0
     skipped: int = 0
+    undecodable: int = 0
+    named: tuple[str, ...] = ()
     limited: bool = False
 
     def __add__(self, other: "Reading") -> "Reading":
@@ -46,6 +52,8 @@ class Reading:
             self.bytes + other.bytes,
             self.tokens + other.tokens,
             self.skipped + other.skipped,
+            self.undecodable + other.undecodable,
+            (*self.named, *other.named)[:MOST_NAMED],
             self.limited or other.limited,
         )
 
@@ -78,7 +86,10 @@ class ShardRecord:
     def from_json(cls, text: str) -> "ShardRecord":
         """Read what `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
-        readings = {int(source): Reading(**reading) for source, reading in values["readings"].items()}
+        readings = {
+            int(source): Reading(**{**reading, "named": tuple(reading["named"])})
+            for source, reading in values["readings"].items()
+        }
         return cls(readings, Place(**values["next"]))
 
 
@@ -100,10 +111,10 @@ class ShardWriter:
         self._tokens.write(tokens.astype(self._dtype).tobytes())
         self._length += len(tokens)
 
-    def end_document(self, source: int, digest: bytes, size: int, skipped: int) -> Reading:
+    def end_document(self, source: int, digest: bytes, size: int, before: Reading) -> Reading:
         """The tokens appended since the last call are a document of a source, before which others were skipped."""
         self._documents.append((digest, size, self._length))
-        reading = Reading(documents=1, bytes=size, tokens=self._length + 1, skipped=skipped)
+        reading = before + Reading(documents=1, bytes=size, tokens=self._length + 1)
         self.add(source, reading)
         self.bytes += size
         self._length = 0

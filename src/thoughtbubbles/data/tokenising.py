@@ -20,7 +20,7 @@ class _Read:
     """A document that was read and waits for its tokens; with no digest, the end of its source."""
 
     source: int
-    skipped: int
+    skipped: Reading
     digest: bytes | None = None
     bytes: int = 0
     position: Position | None = None
@@ -76,17 +76,20 @@ class Tokeniser:
     def _read(self) -> Iterator[tuple[int, str]]:
         place = self._store.place
         for number in range(place.source, len(self._sources)):
-            reader, skipped = self._readers[number], 0
+            reader, skipped = self._readers[number], Reading()
             with closing(reader.documents(place.position if number == place.source else None)) as documents:
                 for text in documents:
                     if number in self._left:
                         break
                     if text is None:
-                        skipped += 1
+                        skipped += Reading(
+                            skipped=1, undecodable=len(reader.undecodable), named=tuple(reader.undecodable)
+                        )
+                        reader.undecodable.clear()
                         continue
                     data = text.encode()
                     self._waiting.append(_Read(number, skipped, digest(data), len(data), reader.position()))
-                    skipped = 0
+                    skipped = Reading()
                     yield number, text
             self._waiting.append(_Read(number, skipped))
 
@@ -130,7 +133,7 @@ class Tokeniser:
             ended = self._waiting.popleft()
             if ended.source in self._left:
                 continue
-            self._count(shard, ended.source, Reading(skipped=ended.skipped))
+            self._count(shard, ended.source, ended.skipped)
             total = self._totals[ended.source]
             if self._survey and total.documents != self._survey.counts[ended.source]:
                 raise changed()

@@ -17,9 +17,9 @@ from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.data.tokenizer import Encoder
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.finite import finite_logits
-from thoughtbubbles.evaluation.generation import start_document
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.options import WORDS
+from thoughtbubbles.text import decode_after, start_document
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Question:
     difficulty: int
 
 
-# A question and the token ids of its prompt.
-Asked = tuple[Question, list[int]]
+# A question and the token ids of its prompt and its answer.
+Asked = tuple[Question, list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Answer:
     Attributes:
         budget: streams per token, as text.
         question: asked.
-        written: the text up to the end of text; where that did not come, None.
+        written: the text up to the end of text; where that did not come, None. Where it is the text that the answer's
+            own tokens stand for after the prompt, it is the answer.
         cut: whether that was because the model's longest row ended first.
     """
 
@@ -101,12 +102,14 @@ class Batch:
     Attributes:
         questions: B of them.
         prompts: token ids of each, the token that starts documents in front.
+        answers: token ids of each.
         new_tokens: to write at most: those of the longest answer of all and the end of text, or what fits the row.
         is_cut: whether that is less.
     """
 
     questions: Sequence[Question]
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[list[int]]
+    answers: Sequence[list[int]]
     new_tokens: int
     is_cut: bool
 
@@ -143,8 +146,8 @@ def make_batches(
     prompts, answers = _encode(tokenizer, questions, source)
     # Of all questions, so that what is written does not depend on the batch.
     new_tokens = max(map(len, answers)) + 1
-    asked = sorted(zip(questions, prompts, strict=True), key=lambda pair: len(pair[1]))
-    question, prompt = asked[-1]
+    asked = sorted(zip(questions, prompts, answers, strict=True), key=lambda each: len(each[1]))
+    question, prompt, _ = asked[-1]
     if len(prompt) >= longest:
         raise InputError(
             f"{source}, row {question.row}: prompt of {len(prompt)} tokens: expected at most {longest - 1}, since the "
@@ -170,9 +173,9 @@ def _lots(asked: Sequence[Asked], most: int, size: int) -> Iterator[Sequence[Ask
 
 
 def _batch(asked: Sequence[Asked], new_tokens: int, longest: int) -> Batch:
-    questions, prompts = zip(*asked, strict=True)
+    questions, prompts, answers = zip(*asked, strict=True)
     room = longest - max(map(len, prompts))
-    return Batch(questions, prompts, min(new_tokens, room), room < new_tokens)
+    return Batch(questions, prompts, answers, min(new_tokens, room), room < new_tokens)
 
 
 def _encode(
@@ -227,9 +230,17 @@ def answer_questions(
             budget=budget,
             logits_processor=finite_logits(),
         )
-        for question, row in zip(batch.questions, out[:, batch.width :].tolist(), strict=True):
-            written = str(tokenizer.decode(row[: row.index(end)])) if end in row else None
-            answers.append(Answer(budget_text(budget), question, written, batch.is_cut and written is None))
+        rows = out[:, batch.width :].tolist()
+        for question, prompt, answer, row in zip(batch.questions, batch.prompts, batch.answers, rows, strict=True):
+            written = _read(tokenizer, prompt, row[: row.index(end)]) if end in row else None
+            # Tokenised apart, an answer need not come back letter for letter: a space in front may come or go.
+            same = written is not None and written == _read(tokenizer, prompt, answer)
+            cut = batch.is_cut and written is None
+            answers.append(Answer(budget_text(budget), question, question.answer if same else written, cut))
         if on_progress is not None:
             on_progress(len(batch.questions))
     return sorted(answers, key=lambda answer: answer.question.row)
+
+
+def _read(tokenizer: PreTrainedTokenizerFast, prompt: list[int], written: list[int]) -> str:
+    return decode_after(tokenizer, prompt + written, len(prompt), skip_special_tokens=False)

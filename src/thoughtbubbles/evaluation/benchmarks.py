@@ -72,14 +72,12 @@ class LoadedBenchmark:
         tasks: of the harness; several where it is a group, whose members are its clusters.
         version: of the task, or of the group.
         data: identity of the files of its documents; `hub` where they are the harness's own.
-        preface: what its prompts start with.
     """
 
     benchmark: Benchmark
     tasks: Mapping[str, "ConfigurableTask"]
     version: str
     data: str
-    preface: str
 
     def samples(self, limit: int | None) -> dict[str, list[int]]:
         """The documents to evaluate: `limit` in all, spread evenly over the whole and over the tasks of a group."""
@@ -117,14 +115,11 @@ def data_identity(benchmark: Benchmark, data_dir: Path | None) -> str:
     return "hub" if data_dir is None else hash_files([find_file(data_dir, stem) for stem in benchmark.files])
 
 
-def load_benchmark(
-    benchmark: Benchmark, data_dir: Path | None, num_fewshot: int | None = None, preface: str = ""
-) -> LoadedBenchmark:
+def load_benchmark(benchmark: Benchmark, data_dir: Path | None, num_fewshot: int | None = None) -> LoadedBenchmark:
     """Open a benchmark, from a folder or, without one, from the hub as the harness does.
 
     Args:
         num_fewshot: worked examples before each document, in place of the task's own number.
-        preface: what each prompt starts with.
 
     Raises:
         InputError: documents that cannot be had, or worked examples asked for where there are none.
@@ -149,18 +144,16 @@ def load_benchmark(
         assert isinstance(task, ConfigurableTask)
         if num_fewshot and task.config.num_fewshot != 0 and not task.has_training_docs():
             raise InputError(f"--num-fewshot {num_fewshot}: expected 0, since {benchmark.name} has no examples to show")
-        _prepare(task, num_fewshot, preface)
+        _prepare(task, num_fewshot)
         tasks[name] = task
     group = loaded.get("groups", {}).get(benchmark.task)
     version = next(iter(tasks.values())).VERSION if group is None else group.version
-    return LoadedBenchmark(benchmark, tasks, str(version), data_identity(benchmark, data_dir), preface)
+    return LoadedBenchmark(benchmark, tasks, str(version), data_identity(benchmark, data_dir))
 
 
-def _prepare(task: "ConfigurableTask", num_fewshot: int | None, preface: str) -> None:
+def _prepare(task: "ConfigurableTask", num_fewshot: int | None) -> None:
     """What the harness's `simple_evaluate` does to a task: the number and the draw of its worked examples."""
     own = task.config.num_fewshot
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config("num_fewshot", num_fewshot or 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    if preface:
-        task.set_config("description", preface)

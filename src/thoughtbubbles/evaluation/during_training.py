@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark, check_files, load_benchmark, parse_tasks
 from thoughtbubbles.evaluation.harness import adapter, require_harness
-from thoughtbubbles.evaluation.scoring import quiet_harness, run_task, separator_text
+from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
 from thoughtbubbles.training.callbacks import MetricsWriter
 from thoughtbubbles.training.recipe import Recipe
 
@@ -23,7 +23,7 @@ class TaskScores(MetricsWriter):
     It has `step` and, named TASK/PROTOCOL/METRIC, the scores at the model's own budget; with `_stderr` behind the name
     their standard errors.
 
-    A fine-tuned model is asked as it was taught: from the token that starts documents on, without worked examples.
+    A fine-tuned model is asked as it was taught, without worked examples.
 
     Args:
         path: of tasks.jsonl.
@@ -50,9 +50,9 @@ class TaskScores(MetricsWriter):
         super().on_train_begin(args, state, control, **kwargs)
         if not state.is_world_process_zero:
             return
-        shots, preface = (0, separator_text(kwargs["processing_class"])) if self.taught else (None, "")
+        shots = 0 if self.taught else None
         with quiet_harness(progress=False):
-            self._loaded = [load_benchmark(each, self.data_dir, shots, preface) for each in self.benchmarks]
+            self._loaded = [load_benchmark(each, self.data_dir, shots) for each in self.benchmarks]
 
     def on_log(self, *_: Any, **__: Any) -> None:
         """What the run logs is in metrics.jsonl."""

@@ -13,7 +13,7 @@ from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import TIERS, Benchmark, check_files, data_identity, load_benchmark
 from thoughtbubbles.evaluation.harness import adapter, require_harness
 from thoughtbubbles.evaluation.records import EvaluationFolder, hash_files
-from thoughtbubbles.evaluation.scoring import quiet_harness, run_task, separator_text
+from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
 from thoughtbubbles.loading import find_model, load_config, load_model, load_tokenizer
 from thoughtbubbles.options import check_known
 from thoughtbubbles.progress import say
@@ -30,7 +30,6 @@ class Options:
         limit: so many documents of each benchmark in place of the tier's.
         budgets: streams per token; None is the model's own.
         num_fewshot: worked examples before each document, in place of the task's own number.
-        separator: start every prompt with the token that starts documents, as fine-tuning rows do.
         use_cache: False recomputes the prefix for every generated token.
         batch_size: texts at a time.
     """
@@ -41,7 +40,6 @@ class Options:
     limit: int | None = None
     budgets: Sequence[Fraction] | None = None
     num_fewshot: int | None = None
-    separator: bool = False
     use_cache: bool = True
     batch_size: int = 8
 
@@ -50,7 +48,6 @@ class Options:
         return {
             "documents": f"tier {self.tier}" if self.limit is None else f"limit {self.limit}",
             "num_fewshot": self.num_fewshot,
-            "separator": self.separator,
             "use_cache": self.use_cache,
         }
 
@@ -158,9 +155,8 @@ def _evaluate_task(
     folder: EvaluationFolder,
     progress: bool,
 ) -> None:
-    preface = separator_text(lm.tokenizer) if options.separator else ""
     limit = benchmark.limit(options.tier) if options.limit is None else options.limit
-    loaded = load_benchmark(benchmark, options.data_dir, options.num_fewshot, preface)
+    loaded = load_benchmark(benchmark, options.data_dir, options.num_fewshot)
     for budget in budgets:
         say(f"{benchmark.name} at budget {budget_text(budget)}", progress)
         lm.budget, lm.truncated = budget, 0

@@ -9,6 +9,7 @@ import torch
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.text import decode_after, document_ends, encode_text, start_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def generate_text(
 ) -> Generation:
     """Continue a prompt up to the end of the document or, with a warning, of the longest row that the model takes.
 
-    A document of the training data starts with its separator, so that a prompt gets one in front too.
+    In front stands what the model's data put before each document.
 
     Raises:
         ValueError: for a prompt that leaves no room, an empty one where the tokenizer has no token to start with, or a
@@ -99,7 +100,7 @@ def generate_text(
     """
     generator: Any = model  # transformers types `generate` for its own classes
     model.config.exact_budget(budget)
-    ids: list[int] = start_document(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    ids: list[int] = start_document(tokenizer) + encode_text(tokenizer, prompt)
     longest = model.config.max_position_embeddings
     if not ids:
         raise ValueError("prompt='': expected some text, since the tokenizer has no token to start a document with")
@@ -111,6 +112,7 @@ def generate_text(
         row,
         attention_mask=torch.ones_like(row),
         max_new_tokens=max_new_tokens,
+        eos_token_id=document_ends(tokenizer) or None,
         pad_token_id=tokenizer.eos_token_id,
         budget=budget,
         streamer=streamer,
@@ -118,11 +120,4 @@ def generate_text(
         **(sampling or Sampling()).arguments(),
     )
     produced: list[int] = out[0].tolist()
-    continuation = tokenizer.decode(produced[len(ids) :], skip_special_tokens=True)
-    return Generation(prompt, str(continuation), produced, len(ids))
-
-
-def start_document(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token that documents of the training data start with, their separator; none where there is no such token."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if start is None else [int(start)]
+    return Generation(prompt, decode_after(tokenizer, produced, len(ids)), produced, len(ids))

@@ -16,7 +16,8 @@ from torch import Tensor
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.evaluation.finite import check_finite, finite_logits
-from thoughtbubbles.loading import find_model
+from thoughtbubbles.loading import find_model, load_tokenizer
+from thoughtbubbles.text import decode_continuation, encode_text, start_document
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -66,10 +67,15 @@ def adapter() -> "type[HFLM]":
             self, pretrained: Any, budget: Budget | None = None, use_cache: bool = True, **arguments: Any
         ) -> None:
             name = find_model(pretrained) if isinstance(pretrained, str) else None
+            if name is not None:
+                arguments.setdefault("tokenizer", load_tokenizer(name))
             try:
                 super().__init__(pretrained if name is None else name, **arguments)
             except ValueError as error:  # of weights that do not fit, too
                 raise InputError(f"model {name or 'given'}: {one_line(error)}") from error
+            start = start_document(self.tokenizer)
+            self._start = [self.custom_prefix_token_id] if self.custom_prefix_token_id is not None else start
+            self._chat = False
             self.budget = budget
             self.use_cache = use_cache
             self.truncated = 0  # texts so far whose left end did not fit
@@ -80,6 +86,45 @@ def adapter() -> "type[HFLM]":
         def max_gen_toks(self) -> int:
             """Tokens to generate where a task does not say: at most half of the longest row, the prompt needs room."""
             return min(MOST_NEW_TOKENS, int(self.max_length) // 2)
+
+        @property
+        def prefix_token_id(self) -> int:
+            """The token before a text that has no context."""
+            return int(self._start[-1])
+
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+            """A conversation as text; from now on texts are such, whose special tokens the template wrote."""
+            self._chat = True
+            return str(super().apply_chat_template(*args, **kwargs))
+
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> list[int]:
+            """Ids of a text by itself: nothing is added to it, and the words of a special token are ordinary text."""
+            if self._chat:
+                ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+            else:
+                ids = encode_text(self.tokenizer, string)
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            """The text of a token, or of tokens that go on with a prompt."""
+            if isinstance(tokens, int):
+                return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+            return decode_continuation(self.tokenizer, tokens, skip_special_tokens)
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            """Ids of a context, what precedes a text in front, and of what follows it."""
+            before, after = super()._encode_pair(context, continuation)
+            return self._led(before), after
+
+        def _led(self, ids: list[int]) -> list[int]:
+            """Ids of a text after what precedes a text."""
+            return ids if self._chat else self._start + ids
 
         def _loglikelihood_tokens(
             self,
@@ -118,11 +163,14 @@ def adapter() -> "type[HFLM]":
             self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             """Ids and mask [B, T] of prompts, padded on the left and cut there to `left_truncate_len`."""
-            ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
-            if left_truncate_len is None:
-                return ids, mask
-            self.truncated += int((mask.sum(1) > left_truncate_len).sum())
-            return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+            rows = [self._led(self.tok_encode(string)) for string in strings]
+            longest = max(map(len, rows))
+            if left_truncate_len is not None and longest > left_truncate_len:
+                self.truncated += sum(len(row) > left_truncate_len for row in rows)
+                rows, longest = [row[-left_truncate_len:] for row in rows], left_truncate_len
+            ids = torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+            return ids, mask
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
             """Ids [B, T] of prompts and what follows them; greedy where the task asks for no temperature."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.data.formats import Row
 from thoughtbubbles.data.hub import missing_field
-from thoughtbubbles.data.reading import Row, read_rows
+from thoughtbubbles.data.reading import read_rows, read_texts
 from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _read(path: Path, needed: tuple[str, ...]) -> "Dataset":
 def wikitext_pages(path: Path) -> list[Row]:
     """The pages of a WikiText file, cut before each title as the hub's document-level data set is."""
     pages: list[list[str]] = [[]]
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in "".join(read_texts(path)).split("\n"):
         marks = line.replace("= = =", "===").replace("= =", "==").strip()
         if marks.startswith("= ") and marks.endswith(" ="):
             pages.append([])

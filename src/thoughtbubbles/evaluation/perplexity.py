@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thoughtbubbles.budget import Budget
+from thoughtbubbles.data.reading import TEXT_FIELD, read_texts
+from thoughtbubbles.data.tokenizer import Encoder
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.finite import check_finite
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.text import decode_after, start_document
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MODES = ("blockwise", "prefix")
 BUDGET_RULES = ("proportional", "fixed")
@@ -62,7 +65,8 @@ class TextSize:
     """How much text some blocks predict, so that models with different tokenizers can be compared.
 
     Attributes:
-        bytes: in UTF-8, special tokens left out; a character that a block's border cuts counts as U+FFFD.
+        bytes: in UTF-8, special tokens left out; a character that a block's border cuts counts as U+FFFD
+            at a block's end.
         words: runs of characters that are no white space; one that a block's border cuts counts in both.
     """
 
@@ -72,24 +76,27 @@ class TextSize:
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase", blocks: Tensor) -> "TextSize":
         """The text of every token but the first of blocks [n, T]."""
-        texts = [str(tokenizer.decode(block, skip_special_tokens=True)) for block in blocks[:, 1:].tolist()]
+        texts = [decode_after(tokenizer, block, 1) for block in blocks.tolist()]
         return cls(sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts))
 
 
-def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerBase", length: int) -> Tensor:
-    """A text file as blocks [n, length] of tokens: one document, the token that starts documents before it.
+def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerFast", length: int, text_field: str = TEXT_FIELD) -> Tensor:
+    """A file's documents as blocks [n, length] of tokens, the same as `prepare` makes of it.
 
-    What is left after the last whole block is not used, unless the text is shorter than one: then it is the block.
+    Before each document stands what precedes a text. What is left after the last whole block is not used, unless the
+    text is shorter than one: then it is the block.
+
+    Args:
+        path: as `read_texts` takes it.
+        tokenizer: the model's.
+        length: tokens a block.
+        text_field: the field that holds the text, where the file has rows.
 
     Raises:
         InputError: a file that cannot be read, is not UTF-8, or has no text.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data {path}: {error}") from None
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = ([] if start is None else [start]) + tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    start, encoder = start_document(tokenizer), Encoder(tokenizer, threads=1)
+    ids = [token for text in read_texts(path, text_field) for token in [*start, *encoder.encode_one(text).tolist()]]
     if len(ids) < 2:
         raise InputError(f"data {path}: expected some text")
     length = min(length, len(ids))

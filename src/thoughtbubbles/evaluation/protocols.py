@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 # A context and what follows it, as text.
 Pair = tuple[str, str]
-# Log-likelihoods that the harness has computed already, in nats.
-Known = Mapping[Pair, float]
 
 
 @dataclass(frozen=True)
@@ -36,26 +34,22 @@ class Measure:
     values: list[float]
 
 
-def measure(
-    task: str, lm: "HFLM", documents: Sequence[Document], known: Known, preface: str = "", progress: bool = False
-) -> list[Measure]:
+def measure(task: str, lm: "HFLM", documents: Sequence[Document], progress: bool = False) -> list[Measure]:
     """What is measured on a benchmark beside the harness's metrics.
 
     Args:
         task: name of the benchmark.
         lm: the adapter's instance.
         documents: as the harness's task has them.
-        known: scores that need not be computed again.
-        preface: what the task's prompts start with; the authors' have none.
         progress: show a bar.
     """
     if task == "lambada":
         return [Measure("authors", "acc", last_words(lm, [str(each["text"]) for each in documents], progress))]
     if task in CHOICES:
         offered = [CHOICES[task](each) for each in documents]
-        return [Measure("authors", "acc", lowest_losses(lm, offered, known))]
+        return [Measure("authors", "acc", lowest_losses(lm, offered))]
     if task == "gsm8k":
-        return gold_likelihoods(lm, documents, preface)
+        return gold_likelihoods(lm, documents)
     return []
 
 
@@ -122,7 +116,7 @@ CHOICES: Mapping[str, Callable[[Document], Choice]] = {
 }
 
 
-def lowest_losses(lm: "HFLM", choices: Sequence[Choice], known: Known) -> list[float]:
+def lowest_losses(lm: "HFLM", choices: Sequence[Choice]) -> list[float]:
     """The authors' multiple choice: 1 where the right choice has the lowest mean token loss, else 0.
 
     The mean is over the choice's tokens after the prefix and a space; without a prefix, over the sentence's tokens
@@ -131,7 +125,7 @@ def lowest_losses(lm: "HFLM", choices: Sequence[Choice], known: Known) -> list[f
     pairs = [
         (choice.prefix, f" {option}" if choice.prefix else option) for choice in choices for option in choice.options
     ]
-    losses = iter(_mean_losses(lm, pairs, known))
+    losses = iter(_mean_losses(lm, pairs))
     right = []
     for choice in choices:
         own = [next(losses) for _ in choice.options]
@@ -139,26 +133,22 @@ def lowest_losses(lm: "HFLM", choices: Sequence[Choice], known: Known) -> list[f
     return right
 
 
-def _mean_losses(lm: Any, pairs: Sequence[Pair], known: Known) -> list[float]:
-    """Nats per token of the second text of each pair after the first."""
+def _mean_losses(lm: Any, pairs: Sequence[Pair]) -> list[float]:
+    """Nats per token of the second text of each pair after the first, before which nothing stands."""
     requests = []
     for prefix, text in pairs:
-        if prefix:
-            context, continuation = lm._encode_pair(prefix, text)
-        else:
-            ids = lm.tok_encode(text)
-            context, continuation = ids[:1], ids[1:]
-        requests.append(((prefix, text), context, continuation))
-    missing = [request for request in requests if not request[0][0] or request[0] not in known]
-    found = {request[0]: score for request, (score, _) in zip(missing, lm._loglikelihood_tokens(missing), strict=True)}
+        kept = prefix.rstrip()
+        ids = lm.tok_encode(prefix + text)
+        border = len(lm.tok_encode(kept)) if kept else 1
+        requests.append(((prefix, text), ids[:border], ids[border:]))
+    scores = lm._loglikelihood_tokens(requests)
     # Of a text longer than the row only the end is scored.
     return [
-        -(found[pair] if pair in found else known[pair]) / min(len(tokens), lm.max_length)
-        for pair, _, tokens in requests
+        -score / min(len(tokens), lm.max_length) for (score, _), (_, _, tokens) in zip(scores, requests, strict=True)
     ]
 
 
-def gold_likelihoods(lm: "HFLM", documents: Sequence[Document], preface: str = "") -> list[Measure]:
+def gold_likelihoods(lm: "HFLM", documents: Sequence[Document]) -> list[Measure]:
     """Log-likelihoods in nats of GSM8K's own solutions, and of their final answers after their own steps.
 
     They say something where no generated answer is right. Both follow the task's prompt without worked examples.
@@ -167,7 +157,7 @@ def gold_likelihoods(lm: "HFLM", documents: Sequence[Document], preface: str = "
 
     solutions, answers = [], []
     for document in documents:
-        prompt = f"{preface}Question: {document['question']}\nAnswer:"
+        prompt = f"Question: {document['question']}\nAnswer:"
         steps, mark, answer = document["answer"].rpartition("####")
         solutions.append((prompt, f" {document['answer']}"))
         answers.append((f"{prompt} {steps}{mark}", answer))

@@ -1,6 +1,5 @@
 """What an evaluation came to: results.json, a table in Markdown, and the comparison with another evaluation."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.evaluation.records import EvaluationFolder, MetricRecord, TaskRecord
 from thoughtbubbles.evaluation.statistics import compare
-from thoughtbubbles.files import write_text
+from thoughtbubbles.files import json_text, write_text
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "table.md"
@@ -168,7 +167,7 @@ def write_report(folder: EvaluationFolder, against: EvaluationFolder | None = No
         if against is None
         else {"model": against.settings.get("model"), "results": [asdict(row) for row in compared]},
     }
-    write_text(folder.path / RESULTS_NAME, json.dumps(content, indent=2) + "\n")
+    write_text(folder.path / RESULTS_NAME, json_text(content, indent=2) + "\n")
     table = table_of(rows)
     if against is not None:
         table += f"\nAgainst {against.settings.get('model')}:\n\n{comparison_table(compared)}"

@@ -6,21 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thoughtbubbles.budget import budget_text
 from thoughtbubbles.data.hub import quiet_datasets
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark
 from thoughtbubbles.evaluation.protocols import measure
 from thoughtbubbles.evaluation.records import MetricRecord, TaskRecord, provenance
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def separator_text(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The token that starts documents, as text."""
-    return str(tokenizer.bos_token or tokenizer.eos_token or "")
 
 
 @contextmanager
@@ -59,15 +51,9 @@ def run_task(
     documents = [sample["doc"] for sample in samples]
     leaks = lm.model.config.routing == "topk"
     metrics = _harness_metrics(first, rows, leaks)
-    known = {
-        pair: answers[0][0]
-        for sample in samples
-        if first.OUTPUT_TYPE == "multiple_choice"
-        for pair, answers in zip(sample["arguments"], sample["resps"], strict=True)
-    }
     metrics += [
         MetricRecord(each.protocol, each.metric, "mean", True, leaks, each.values)
-        for each in measure(benchmark.name, lm, documents, known, loaded.preface, progress)
+        for each in measure(benchmark.name, lm, documents, progress)
     ]
     return TaskRecord(
         task=benchmark.name,

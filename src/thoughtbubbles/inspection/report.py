@@ -1,6 +1,5 @@
 """What `thoughtbubbles inspect` finds out and writes: of one text, or of a corpus."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError
-from thoughtbubbles.files import write_text
+from thoughtbubbles.files import json_text, write_text
 from thoughtbubbles.folders import Marks, filling
 from thoughtbubbles.inspection import figures
 from thoughtbubbles.inspection.ablation import Ablation, ablate
@@ -191,5 +190,5 @@ def check_reference(model: ThoughtbubblesForCausalLM, reference: ThoughtbubblesF
 
 def _write(folder: Path, name: str, content: Mapping[str, Any], drawn: Mapping[str, Figure]) -> list[Path]:
     path = folder / f"{name}.json"
-    write_text(path, json.dumps(content) + "\n")
+    write_text(path, json_text(content) + "\n")
     return [path, *(made for title, figure in drawn.items() for made in figures.save_pictures(figure, folder, title))]

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError, one_line
-from thoughtbubbles.evaluation.generation import start_document
 from thoughtbubbles.files import replacing
 from thoughtbubbles.inspection.observing import evaluating, observing
 from thoughtbubbles.inspection.stream_table import StreamTable, tabulate
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.text import encode_text, start_document, token_pieces
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -191,7 +191,7 @@ def trace_bubbles(
         entropy, surprisal = predictions(out.logits, row)
     fork_layers = [*model.config.gated_layers, *model.config.copied_layers]
     return BubbleTrace(
-        tokens=[str(tokenizer.decode([token])) for token in ids],
+        tokens=token_pieces(tokenizer, ids),
         ids=ids,
         routing=model.config.routing,
         budget=str(kappa),
@@ -217,7 +217,7 @@ def to_ids(tokenizer: "PreTrainedTokenizerBase", text_or_ids: str | Sequence[int
         ValueError: for ids that are not one row.
     """
     if isinstance(text_or_ids, str):
-        ids: list[int] = start_document(tokenizer) + tokenizer.encode(text_or_ids, add_special_tokens=False)
+        ids: list[int] = start_document(tokenizer) + encode_text(tokenizer, text_or_ids)
         return ids
     if isinstance(text_or_ids, Tensor) and text_or_ids.dim() != 1:
         raise ValueError(f"ids of shape {tuple(text_or_ids.shape)}: expected one row, [T]")

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from thoughtbubbles.text import token_pieces
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +41,8 @@ def count_words(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Sequence[in
     counts: Counter[str] = Counter()
     pieces: dict[int, str] = {}
     for row in rows:
-        pieces |= {token: str(tokenizer.decode([token])) for token in set(row) - pieces.keys()}
+        new = list(set(row) - pieces.keys())
+        pieces |= zip(new, token_pieces(tokenizer, new), strict=True)
         kinds, words = split_words([pieces[token] for token in row])
         counts.update(word for kind, word in zip(kinds, words, strict=True) if kind == FIRST)
     return counts

@@ -20,6 +20,7 @@ from thoughtbubbles.loading import check_tokenizer
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.progress import say
 from thoughtbubbles.sharing import write_model_card
+from thoughtbubbles.text import document_ends, start_document
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, newest_sound
 from thoughtbubbles.training.folder import (
@@ -216,7 +217,12 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     tokenizer = data.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    start, ends = start_document(tokenizer), document_ends(tokenizer)
+    ids = {
+        "bos_token_id": start[-1],
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

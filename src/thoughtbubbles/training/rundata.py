@@ -23,8 +23,10 @@ from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
 from thoughtbubbles.data.stream import Packing, StreamMixture, check_readable
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, vocabulary_size
 from thoughtbubbles.loading import load_tokenizer as load_model_tokenizer
+from thoughtbubbles.loading import recorded_start_of
 from thoughtbubbles.loss import IGNORE_INDEX
 from thoughtbubbles.progress import say
+from thoughtbubbles.text import record_start
 from thoughtbubbles.training.recipe import (
     DataSection,
     FineTuningSection,
@@ -200,7 +202,7 @@ def _load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress:
     check_readable(shards)
     settings = recipe.training
     lanes = stream_lanes(section, settings.batch_size)
-    separator = manifest.tokenizer.eos_token_id
+    separator = manifest.tokenizer.separator_id
     packing = Packing(
         encoder=Encoder(tokenizer, threads=1),
         separator=separator,
@@ -318,19 +320,20 @@ def _load_examples(recipe: Recipe, section: FineTuningSection, progress: bool) -
 
 def _fine_tuning_tokenizer(recipe: Recipe, section: FineTuningSection) -> "PreTrainedTokenizerFast":
     """The tokenizer that the recipe names, or that of the model to start from."""
-    if section.tokenizer is not None:
-        return load_tokenizer(section.tokenizer)
     pretrained = recipe.model.get("pretrained")
+    if section.tokenizer is not None:
+        named = load_tokenizer(section.tokenizer)
+        if pretrained is not None and (start := recorded_start_of(pretrained, named)) is not None:
+            record_start(named, start)
+        return named
     if pretrained is None:
         raise RecipeError(
             "data.tokenizer is missing: expected a tokenizer's folder or hub name, or model.pretrained, whose own is "
             "taken"
         )
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = load_model_tokenizer(pretrained)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise DataError(f"model {pretrained}: expected a tokenizer with a tokenizer.json and an eos token beside it")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"model {pretrained}: expected a tokenizer with an eos token beside it")
     return tokenizer
 
 
