@@ -52,6 +52,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def library_reason(error: BaseException) -> str:
+    """As `one_line`, but where transformers wants leave to run the code of a folder: nobody is ever given it."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is not run: expected one without auto_map in its JSON files"
+    return one_line(error)
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: its `repr`, cut where it is long."""
     try:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.errors import InputError, RunError, is_network, one_line
+from thoughtbubbles.errors import InputError, RunError, is_network, library_reason
 from thoughtbubbles.files import user_path
 from thoughtbubbles.text import recorded_start
 
@@ -95,11 +95,11 @@ def load_config(path: str | Path, **changes: Any) -> "ThoughtbubblesConfig":
 
 def _unusable(name: str, error: Exception) -> InputError | RunError:
     if is_network(error):
-        return RunError(f"model {name} cannot be fetched: {one_line(error)}")
+        return RunError(f"model {name} cannot be fetched: {library_reason(error)}")
     where = (
         "" if Path(name).exists() else ": expected a folder with config.json, that of a finished run, or a hub model"
     )
-    return InputError(f"model {name}{where}: {one_line(error)}")
+    return InputError(f"model {name}{where}: {library_reason(error)}")
 
 
 def check_tokenizer(path: str | Path, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:

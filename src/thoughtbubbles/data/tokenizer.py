@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thoughtbubbles.data.errors import DataError, UnfinishedError
-from thoughtbubbles.errors import is_network
+from thoughtbubbles.errors import is_network, library_reason
 from thoughtbubbles.files import user_path
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything, the bare Exception included
-        reason = str(error).strip().partition("\n")[0]
+        reason = library_reason(error)
         where = "" if local else " (no such folder; taken for a name on the hub)"
         kind = UnfinishedError if is_network(error) else DataError
         raise kind(f"tokenizer {str(name)!r} cannot be loaded by AutoTokenizer{where}: {reason}") from error
