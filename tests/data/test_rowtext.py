@@ -126,3 +126,53 @@ def test_a_text_file_has_no_rows_to_fill_a_template(tmp_path: Path) -> None:
 def test_templates_of_shipped_recipes(name: str, row: dict[str, Any], text: str) -> None:
     (source,) = load_preparation(RECIPES / f"{name}.yaml")["sources"]
     assert render(source["template"], row, "row") == text
+
+
+NULLS: dict[str, Any] = {
+    "title": None,
+    "meta": {"by": None, "tags": ["a", None]},
+    "author": None,
+    "n": None,
+    "text": "x",
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ title }} {{ text }}", " x"),
+        ("{{ title | upper }}-{{ title | trim }}-{{ title | replace('N', '') }}", "--"),
+        ("{{ title ~ text }}", "x"),
+        ("{{ '%s!' % title }}", "!"),
+        ("{{ meta.by }}{{ meta['by'] }}.", "."),
+        ("{{ author.name }}{{ author['name'] }}{{ author.name.first }}.", "."),
+        ("{{ title.strip() }}{{ title[:3] }}.", "."),
+        ("{{ meta.tags | join('+') }}", "a+"),
+        ("{% for tag in meta.tags %}{{ tag }}{% endfor %}{% for each in title %}y{% endfor %}", "a"),
+        ("{% if title %}y{% endif %}{% if title is none %}none{% endif %}{% if title == none %}!{% endif %}", "none!"),
+        ("{{ title if title is not none else 'untitled' }}", "untitled"),
+        ("{{ title or 'untitled' }} {{ title | default('untitled', true) }}", "untitled untitled"),
+        ("{{ title | length }}", "0"),
+        ("{{ meta | tojson }}", '{"by": null, "tags": ["a", null]}'),
+        ("{{ {}.get('a') }}.", "."),
+        ("{{ none }}.", "."),
+        ("{{ title }} {{ author }}\n", ""),
+    ],
+)
+@pytest.mark.parametrize("number", [None, float("nan")])
+def test_a_null_is_an_empty_text(template: str, text: str, number: float | None) -> None:
+    assert render(template, {**NULLS, "n": number}, "row") == text
+    assert render(f"{template}{{{{ n }}}}", {**NULLS, "n": number}, "row") == text
+
+
+@pytest.mark.parametrize("template", ["{{ titel }}", "{{ meta.titel }}", "{{ text.titel }}", "{{ n + 1 }}"])
+def test_a_missing_field_is_still_refused(template: str) -> None:
+    with pytest.raises(DataError, match="row: template: "):
+        render(template, NULLS, "row")
+
+
+def test_rows_of_nothing_are_skipped(tmp_path: Path) -> None:
+    rows = [{"title": None, "text": "body"}, {"title": None, "text": None}, {"title": "head", "text": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rows.jsonl"), "template": "{{ title }} {{ text }}"}
+    assert list(read_documents(resolve_source(source), "text")) == [" body", None, "head "]
