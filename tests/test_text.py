@@ -199,8 +199,8 @@ def test_tokens_read_as_they_do_inside_a_text(tmp_path: Path) -> None:
     assert token_pieces(tokenizer, [tokenizer.eos_token_id]) == ["</s>"]
     model = model_of(tokenizer)
     assert "".join(trace_bubbles(model, tokenizer, "the river of stone").tokens) == "<s> the river of stone"
-    *_, (pieces, _) = Exhibit("m", model, tokenizer).generate(ids, 1, 3)
-    assert "".join(pieces).startswith(" the river of stone")
+    *_, growth = Exhibit("m", model, tokenizer).generate(ids, 1, 3)
+    assert "".join(growth.pieces).startswith(" the river of stone")
 
 
 def test_bytes_of_half_a_character_are_marked(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,12 @@ class Letters:
 
     bos_token_id = 0
     eos_token_id = 0
+    init_kwargs: ClassVar[dict[str, Any]] = {}
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, **_: bool) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **_: bool) -> str:
         return "".join(chr(ord("a") + token) for token in ids)
 
 
