@@ -35,6 +35,7 @@ class Config:
     vocab_size: int = 13
     hidden_size: int = 8
     num_hidden_layers: int = 3
+    num_loops: int = 1
     num_attention_heads: int = 2
     intermediate_size: int = 16
     hidden_act: str = "gelu"
@@ -315,7 +316,8 @@ def test_merge_of_a_known_bubble(merge: str, attenuation: str, budget: int, weig
     if merge == "root":
         expected = embedding @ norm(embedding[7])
     elif merge == "residual":
-        expected = embedding @ norm(sum((p * x for x, p in streams), torch.zeros(8)))
+        total = 1 if attenuation == "released" else sum(p for _, p in streams)
+        expected = embedding @ norm(sum((p / total * x for x, p in streams), torch.zeros(8)))
     elif merge == "residual-normed":
         expected = embedding @ sum((p * norm(x) for x, p in streams), torch.zeros(8))
     else:
