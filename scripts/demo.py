@@ -76,7 +76,7 @@ def main() -> None:
     show_table(console, bubbles.tokens, measured)
     show_verdict(console, *measured)
     show_sample(console)
-    draw()
+    draw({"dense": measured[0], "Thoughtbubbles, budget 2": measured[1]})
     results = [{**asdict(each), "losses": each.losses.tolist()} for each in measured]
     write_text(OUTPUT / "results.json", json.dumps(results) + "\n")
     console.print(f"\nIn {OUTPUT}: loss.png, bubbles.png, results.json, and each run's metrics, checkpoints and model.")
@@ -154,11 +154,12 @@ def show_sample(console: Console) -> None:
     console.rule()
 
 
-def draw() -> None:
-    """The two pictures."""
+def draw(measured: dict[str, Measured]) -> None:
+    """The two pictures; the curves end at the table's figures."""
     plot_losses(
         {"dense": OUTPUT / "dense", "Thoughtbubbles, budget 2": OUTPUT / "bubbles"},
         OUTPUT / "loss.png",
+        {label: float(each.losses.mean()) for label, each in measured.items()},
         "Python's standard library, held-out files",
     )
     model, tokenizer = load_model(OUTPUT / "bubbles"), load_tokenizer(OUTPUT / "bubbles")

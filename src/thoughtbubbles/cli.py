@@ -492,7 +492,7 @@ def evaluate(
     if len({row.budget for row in rows}) > 1:
         from thoughtbubbles.inspection.plots import plot_scores
 
-        plot_scores(panels_of(rows), output / PLOT_NAME, Path(model).name)
+        plot_scores(panels_of(rows), output / PLOT_NAME, _title(model))
 
 
 @app.command("exact-match")
@@ -536,7 +536,8 @@ def exact_match(
 
             with filling(output) as files:
                 written = [*found.write(files), files / PLOT_NAME]
-                plot_scores({"exact match": lines_of(found)}, written[-1], Path(model).name, xlabel="difficulty")
+                asked = f"{_title(model)}: {rows.resolve().parent.name}/{rows.name}"
+                plot_scores({"exact match": lines_of(found)}, written[-1], asked, xlabel="difficulty")
             _say_written(written, output)
 
 
@@ -812,6 +813,15 @@ def _check_text(name: str, text: str) -> None:
         raise InputError(f"{name}: expected text in UTF-8: {error}") from None
 
 
+def _title(model: str) -> str:
+    """What a picture calls a model: the name of its run."""
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
 def _validation_blocks(
     data: Path, model: str, count: int | None, text_field: str
 ) -> "tuple[Tensor, PreTrainedTokenizerBase]":
@@ -837,8 +847,9 @@ def _validation_blocks(
 
 def _describe(result: "Perplexity") -> str:
     rule = f", {result.budget_rule} budget rule" if result.budget_rule == "fixed" else ""
+    error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
     line = (
-        f"{result.mode:<10} loss {result.loss:.4f} +- {result.standard_error:.4f} nats per token, "
+        f"{result.mode:<10} loss {result.loss:.4f}{error} nats per token, "
         f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens, budget {result.budget}{rule})"
     )
     if result.byte_perplexity is not None and result.word_perplexity is not None:

@@ -1,21 +1,32 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.inspection.test_plots import check_layout
 from thoughtbubbles.accounting import cache_bytes, decoding_flops, training_flops
 from thoughtbubbles.comparison.compare import Tuned, look
-from thoughtbubbles.comparison.figures import colours, draw_figures
+from thoughtbubbles.comparison.figures import (
+    colours,
+    curves_figure,
+    dial_figure,
+    differences_figure,
+    draw_figures,
+    frontier_figure,
+    half_figure,
+    matrix_figure,
+)
 from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
-from thoughtbubbles.comparison.pages import markdown, page, write_report
+from thoughtbubbles.comparison.pages import markdown, markdown_table, page, write_report
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.comparison.statistics import Estimate, interval
-from thoughtbubbles.comparison.tables import dial_table, quality_table, tuning_table, verdict
+from thoughtbubbles.comparison.tables import cost_table, dial_table, quality_table, tuning_table, verdict
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity, token_losses
 from thoughtbubbles.loading import load_model
 
@@ -144,6 +155,23 @@ def test_files_of_a_report(tmp_path: Path, report: Report) -> None:
         assert f"plots/{name}" in (tmp_path / "report.md").read_text()
         with Image.open(tmp_path / "plots" / name) as image:
             assert image.width > 500
+
+
+def test_figures_cover_nothing_and_say_where_curves_end(report: Report) -> None:
+    named = Report(**{**vars(report), "title": "Variants of a small model on the source text of a standard library"})
+    for draw in (differences_figure, curves_figure, frontier_figure, dial_figure, matrix_figure, half_figure):
+        figure = draw(named)
+        check_layout(figure)
+        assert named.title in " ".join(figure.get_suptitle().split())
+        says = "the losses of the tables are measured afterwards, on 5 blocks" in figure.get_supxlabel()
+        assert says == (draw in (curves_figure, half_figure))
+
+
+def test_a_run_too_short_to_tell_has_no_speed(report: Report) -> None:
+    short = replace(report.variants[0], tokens_per_second=math.nan)
+    table = cost_table(Report(**{**vars(report), "variants": [short]}))
+    assert dict(zip(table.columns, table.rows[0], strict=True))["tokens/s"] == ""
+    assert "nan" not in markdown_table(table)
 
 
 def test_text_in_a_page_is_escaped(report: Report) -> None:

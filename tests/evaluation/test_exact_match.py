@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from tests.helpers import random_model
+from tests.inspection.test_plots import legend_of
 from tests.test_cli import fail, run
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
@@ -224,7 +225,8 @@ def test_the_command_writes_what_it_found(tmp_path: Path, memorised: Path, monke
     assert (answers[0]["written"], answers[0]["answer"], answers[10]["budget"]) == ("3", "4", "2")
     (axes,) = figures[0].axes
     assert axes.get_xlabel() == "difficulty"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["budget 1", "budget 2"]
+    assert legend_of(figures[0]) == ["budget 1", "budget 2"]
+    assert " ".join(figures[0].get_suptitle().split()) == f"{memorised.name}: {tmp_path.name}/rows.jsonl"
     line: Any = axes.containers[0]
     assert list(line.lines[0].get_xdata()) == [1, 2, 3]
     assert list(line.lines[0].get_ydata()) == pytest.approx([2 / 3, 1, 1])

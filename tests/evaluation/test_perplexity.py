@@ -1,5 +1,7 @@
+import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles.cli import _describe
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks, token_losses
@@ -170,3 +173,13 @@ def test_a_text_file_is_one_document_in_blocks(tmp_path: Path, tiny_data: Prepar
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"text.txt is not UTF-8"):
         read_blocks(path, tokenizer, 16)
+
+
+def test_one_block_has_no_standard_error(blocks: Tensor) -> None:
+    found = evaluate_perplexity(random_model(tiny_config(vocab_size=23)), blocks[:1])
+    assert found.standard_error is None
+    assert "NaN" not in json.dumps(asdict(found))
+    line = _describe(found)
+    assert "nan" not in line
+    assert "+-" not in line
+    assert f"loss {found.loss:.4f} nats per token" in line

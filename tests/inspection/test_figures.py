@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tests.helpers import random_ids, tiny_model
+from tests.inspection.test_plots import check_layout, legend_of
 from tests.inspection.test_trace import Letters
 from thoughtbubbles import BubbleTrace, trace_bubbles
 from thoughtbubbles.inspection import figures
@@ -35,18 +38,18 @@ def largest(trace: BubbleTrace) -> int:
 
 def test_streams_are_those_of_the_trace(trace: BubbleTrace) -> None:
     axes = figures.draw_streams(trace).axes[0]
-    assert axes.images[0].get_array().tolist() == trace.bubble_sizes()[:, :32].tolist()
+    assert axes.images[0].get_array().tolist() == trace.bubble_sizes()[:, :20].tolist()
 
 
 def test_scores_are_those_of_the_last_block(trace: BubbleTrace) -> None:
-    panels = figures.draw_scores(trace).axes
+    figure = figures.draw_scores(trace)
+    panels = figure.axes
     points = [tuple(point) for axes in panels for group in axes.collections for point in group.get_offsets().tolist()]
     table = trace.streams
     last = (table.layer == 3) & table.survives
-    expected = zip((table.token[last] % 32).tolist(), np.exp(table.log_score[last]).tolist(), strict=True)
+    expected = zip((table.token[last] % 20).tolist(), np.exp(table.log_score[last]).tolist(), strict=True)
     np.testing.assert_allclose(sorted(points), sorted(expected))
-    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert labels == ["root", "forked at layer 1", "forked at layer 2"]
+    assert legend_of(figure) == ["root", "forked at layer 1", "forked at layer 2"]
 
 
 def test_the_tree_has_a_line_a_block_and_a_cross_a_death(trace: BubbleTrace) -> None:
@@ -141,3 +144,42 @@ def test_pictures_are_written_twice_and_the_same_each_time(tmp_path: Path, trace
     assert first[0].read_bytes().startswith(b"\x89PNG")
     assert "<svg" in first[1].read_text()
     assert first[1].read_text() == again[1].read_text()
+
+
+def all_of(trace: BubbleTrace, made: Ablation) -> list[Figure]:
+    """The pictures of one text."""
+    return [
+        figures.draw_streams(trace),
+        figures.draw_scores(trace),
+        figures.draw_tree(trace, largest(trace)),
+        figures.draw_ablation(trace, made),
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 3, 33])
+@pytest.mark.parametrize(
+    ("rules", "setting"),
+    [
+        ({"routing": "causal", "budget": "3/2"}, "causal, budget 1.5"),
+        ({"routing": "topk", "budget": 2}, "topk, budget 2; early tokens see later ones"),
+        ({"routing": "copy", "budget": 3}, "copy, budget 3"),
+        ({"routing": "none", "budget": 2}, "dense"),
+    ],
+    ids=lambda value: value.partition(",")[0] if isinstance(value, str) else None,
+)
+def test_pictures_say_what_ran_and_cover_nothing(rules: dict[str, Any], setting: str, length: int) -> None:
+    found = trace_bubbles(tiny_model(**rules), Letters(), random_ids(1, length)[0])
+    for figure in all_of(found, Ablation([0], [[0.5] * (length - 1)])):
+        assert f"({setting})" in " ".join(figure.get_suptitle().split())
+        check_layout(figure)
+
+
+def test_titles_of_statistics_say_what_ran(statistics: CorpusStatistics) -> None:
+    dense = gather_statistics(tiny_model(routing="none"), Letters(), random_ids(1, 24))
+    for found, title in (
+        (statistics, "causal, budget 2.5; 288 tokens in 12 blocks; bands: 95% over blocks"),
+        (dense, "dense; 24 tokens in one block; no bands"),
+    ):
+        for figure in (figures.draw_uncertainty(found), figures.draw_overview(found)):
+            assert " ".join(figure.get_suptitle().split()) == title
+            check_layout(figure)

@@ -60,7 +60,7 @@ def test_a_text_as_json(tiny_run: Path) -> None:
 
 
 def test_a_long_text_is_cut_with_a_message(tiny_run: Path) -> None:
-    assert "budget 3/2" in run("inspect", tiny_run, "--text", "the root of " * 30)
+    assert "causal, budget 1.5: " in run("inspect", tiny_run, "--text", "the root of " * 30)
     content = json.loads(run("inspect", tiny_run, "--text", "the root of " * 30, "--json"))
     assert len(content["tokens"]) == 16
     assert content["tokens_cut"] > 30

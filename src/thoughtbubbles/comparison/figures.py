@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Point, Report, VariantResult
 from thoughtbubbles.configuration import LEARNED_ROUTINGS
-from thoughtbubbles.inspection.plots import LINE_COLOURS, axis_count, save_figure
+from thoughtbubbles.inspection.plots import LINE_COLOURS, axis_count, legend_outside, save_figure, set_title
 
 COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F", "#B2182B", "#7B3294", "#1B7837")
 STYLES = ("-", "--", ":", "-.")
@@ -61,11 +61,12 @@ def differences_figure(report: Report) -> Figure | None:
         axes.plot(
             [], [], marker="|", markersize=12, color="#444444", linestyle="none", label="the same at test budget 1"
         )
-        axes.legend(frameon=False, loc="best")
+        legend_outside(figure, axes, loc="outside lower right")
     names = [f"{row.title}{' (leaks)' if row.leaks else ''}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.set(xlabel=f"loss minus that of {baseline.title} (nats per token), 95% interval", title=report.title)
+    axes.set(xlabel=f"loss minus that of {baseline.title} (nats per token), 95% interval")
+    set_title(figure, report.title)
     return figure
 
 
@@ -88,8 +89,9 @@ def curves_figure(report: Report) -> Figure | None:
         axes.xaxis.set_major_formatter(FuncFormatter(axis_count) if label == "training tokens" else ScalarFormatter())
         _tidy(axes)
     panels[0].set_ylabel("validation loss (nats per token)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle(report.title)
+    legend_outside(figure, *panels)
+    _say_when(figure, report)
+    set_title(figure, report.title)
     return figure
 
 
@@ -109,8 +111,9 @@ def frontier_figure(report: Report) -> Figure | None:
         axes.set_xlabel(label)
         _tidy(axes)
     panels[0].set_ylabel("validation loss (nats per token)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle(f"{report.title}: means and standard deviations over seeds".lstrip(": "))
+    legend_outside(figure, *panels)
+    spread = "means and standard deviations over seeds" if len(report.seeds) > 1 else "one seed"
+    set_title(figure, f"{report.title}: {spread}".lstrip(": "))
     return figure
 
 
@@ -119,7 +122,7 @@ def dial_figure(report: Report) -> Figure | None:
     rows = [row for row in _whole(report) if len(row.at_budget) > 1 and row.routing not in ("copy", "pause")]
     if not rows:
         return None
-    figure, axes = _figure(7.5, 4.8)
+    figure, axes = _figure(10, 4.8)
     for row, colour in zip(rows, colours(report, rows), strict=True):
         budgets = sorted(row.at_budget, key=parse_budget)
         values = [row.at_budget[each].perplexity for each in budgets]
@@ -131,8 +134,8 @@ def dial_figure(report: Report) -> Figure | None:
     if baseline is not None:
         axes.axhline(baseline.perplexity, color="#000000", linewidth=1, linestyle="--", label=baseline.title)
     axes.set(xlabel="test-time budget, streams per token (the trained one circled)", ylabel="perplexity")
-    axes.set_title(report.title)
-    axes.legend(frameon=False)
+    legend_outside(figure, axes)
+    set_title(figure, report.title)
     return figure
 
 
@@ -153,7 +156,8 @@ def matrix_figure(report: Report) -> Figure | None:
             axes.text(x, y, f"{loss:.4f}", ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(budgets)), [budget_text(each) for each in budgets])
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.set(xlabel="test budget", title=report.title)
+    axes.set(xlabel="test budget")
+    set_title(figure, report.title)
     figure.colorbar(image, label="loss (nats per token)")
     return figure
 
@@ -165,15 +169,17 @@ def half_figure(report: Report) -> Figure | None:
     full = [row for row in _whole(report) if row.routing in ("none", "copy")]
     if not parts or not full:
         return None
-    figure, axes = _figure(7.5, 4.8)
+    figure, axes = _figure(10, 4.8)
     for row in [*parts, *full]:
         (colour,) = colours(report, [row])
         style = "-" if row in parts else "--"
         shown = [point for point in report.curves[row.name] if point.tokens >= SHOWN_FROM * row.tokens]
         _curve(axes, shown, lambda point: point.tokens, colour, style, row.title)
     axes.xaxis.set_major_formatter(FuncFormatter(axis_count))
-    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", title=report.title)
-    axes.legend(frameon=False)
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
+    legend_outside(figure, axes)
+    _say_when(figure, report)
+    set_title(figure, report.title)
     return figure
 
 
@@ -214,6 +220,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     _tidy(axes)
     return figure, axes
+
+
+def _say_when(figure: Figure, report: Report) -> None:
+    """Why curves do not end at the losses of the tables."""
+    blocks = f"{report.data['blocks']:,} blocks"
+    figure.supxlabel(
+        f"measured while training; the losses of the tables are measured afterwards, on {blocks}", fontsize=9
+    )
 
 
 def _tidy(axes: Axes) -> None:

@@ -74,13 +74,14 @@ def cost_table(report: Report) -> Table:
         ("learning rate", lambda row: f"{row.learning_rate:g}"),
         ("training FLOPs", lambda row: f"{row.training_flops:.3g}"),
         ("minutes", lambda row: f"{row.seconds / 60:.1f}"),
-        ("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
+        ("tokens/s", lambda row: "" if math.isnan(row.tokens_per_second) else f"{row.tokens_per_second:,.0f}"),
         ("peak memory", lambda row: f"{row.peak_memory / 1e9:.2f} GB" if row.peak_memory else "unknown"),
         ("FLOPs per token at inference", lambda row: f"{row.decoding_flops:.3g}"),
         ("KV cache per token", lambda row: f"{row.cache_bytes / 1000:,.1f} kB"),
     ]
     note = (
-        "Minutes and tokens per second are of training alone, on a machine that may have done other work beside it; "
+        "Minutes and tokens per second are of training alone, on a machine that may have done other work beside it, "
+        "and nothing where a run was too short to tell; "
         "FLOPs are counted, not measured. Inference with a cache, at the end of a block."
     )
     return _by_variant("Cost", report, columns, note)

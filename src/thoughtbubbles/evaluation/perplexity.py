@@ -35,7 +35,7 @@ class Perplexity:
     Attributes:
         mode: `blockwise` (one forward over the block) or `prefix` (each prediction from its prefix alone).
         loss: mean in nats per predicted token.
-        standard_error: of the loss, over blocks; nan for a single block.
+        standard_error: of the loss, over blocks; None for a single block.
         perplexity: exp of the loss.
         tokens: predicted.
         blocks: evaluated.
@@ -49,7 +49,7 @@ class Perplexity:
 
     mode: str
     loss: float
-    standard_error: float
+    standard_error: float | None
     perplexity: float
     tokens: int
     blocks: int
@@ -134,7 +134,7 @@ def evaluate_perplexity(
     return Perplexity(
         mode=mode,
         loss=loss,
-        standard_error=per_block.std().item() / math.sqrt(len(per_block)) if len(per_block) > 1 else math.nan,
+        standard_error=per_block.std().item() / math.sqrt(len(per_block)) if len(per_block) > 1 else None,
         perplexity=math.exp(loss),
         tokens=tokens,
         blocks=blocks.shape[0],

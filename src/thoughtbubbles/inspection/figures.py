@@ -1,22 +1,30 @@
 """Figures of traces, of ablations and of statistics, written as PNG and SVG."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from thoughtbubbles.files import replacing
 from thoughtbubbles.inspection.ablation import Ablation
 from thoughtbubbles.inspection.curves import Curve
-from thoughtbubbles.inspection.plots import LINE_COLOURS, TOKENS_PER_ROW, draw_bubbles, visible_token
+from thoughtbubbles.inspection.plots import (
+    GREY,
+    LINE_COLOURS,
+    cycle_colours,
+    draw_bubbles,
+    legend_outside,
+    set_title,
+    token_panels,
+    visible_token,
+)
 from thoughtbubbles.inspection.statistics import CorpusStatistics
 from thoughtbubbles.inspection.trace import BubbleTrace, Lifetime, family_order
-
-GREY = "#555555"
 
 
 def save_pictures(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -32,7 +40,7 @@ def save_pictures(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 def draw_streams(trace: BubbleTrace) -> Figure:
     """Streams of each token in each block."""
-    title = f"Streams of each token, budget {trace.budget}"
+    title = f"Streams of each token in each block ({trace.setting})"
     return draw_bubbles(trace.tokens, trace.bubble_sizes().tolist(), trace.fork_layers, title)
 
 
@@ -43,12 +51,12 @@ def draw_scores(trace: BubbleTrace) -> Figure:
     born = {each.stream: each.forked_at for each in trace.lifetimes()}
     made_at = np.array([born[int(stream)] for stream in table.stream[last]])
     token, score, is_root = table.token[last], np.exp(table.log_score[last]), table.is_root[last]
-    figure, panels = _token_panels(len(trace.tokens))
+    figure, panels = token_panels(trace.tokens, height=2.5, sharey=True)
     for axes, columns in panels:
         here = (token >= columns.start) & (token < columns.stop)
         chosen = here & is_root
         axes.scatter(token[chosen] - columns.start, score[chosen], s=26, color="black", label="root", zorder=3)
-        for layer, colour in zip(trace.fork_layers, _colours(len(trace.fork_layers)), strict=True):
+        for layer, colour in zip(trace.fork_layers, cycle_colours(len(trace.fork_layers)), strict=True):
             chosen = here & ~is_root & (made_at == layer)
             axes.scatter(
                 token[chosen] - columns.start,
@@ -60,11 +68,14 @@ def draw_scores(trace: BubbleTrace) -> Figure:
                 linewidth=1.3,
                 label=f"forked at layer {layer}",
             )
-        _label_tokens(axes, trace.tokens, columns)
         axes.set(ylabel="score p", yscale="log", ylim=(score.min() / 1.5, score.max() * 1.5))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", alpha=0.25)
-    panels[0][0].legend(frameon=False, ncols=4, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1))
-    figure.suptitle("Cumulative score of each stream in the last block", x=0.01, ha="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    legend_outside(figure, *(axes for axes, _ in panels), loc="outside lower center", ncols=4)
+    set_title(figure, f"Cumulative score p of each stream in the last block ({trace.setting})")
     return figure
 
 
@@ -92,9 +103,9 @@ def draw_tree(trace: BubbleTrace, token: int) -> Figure:
     )
     axes.set(xlabel="block", xlim=(-0.4, trace.num_layers + 0.6), ylim=(-len(family) + 0.4, 0.6))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"Streams of token {token}, {visible_token(trace.tokens[token])}: p at the end; × deleted", loc="left"
-    )
+    deleted = "" if all(each.deleted_at is None for each in family) else "; ×: deleted"
+    piece = visible_token(trace.tokens[token])
+    set_title(figure, f"Streams of token {token}, “{piece}”, and their score p at the end{deleted} ({trace.setting})")
     return figure
 
 
@@ -122,7 +133,7 @@ def draw_ablation(trace: BubbleTrace, made: Ablation) -> Figure:
     """What deleting a token's forks does to its prediction, and to all later ones together: two bars a token."""
     own = dict(zip(made.tokens, (sum(change[t : t + 1]) for t, change in _pairs(made)), strict=True))
     later = dict(zip(made.tokens, (sum(change[t + 1 :]) for t, change in _pairs(made)), strict=True))
-    figure, panels = _token_panels(len(trace.tokens))
+    figure, panels = token_panels(trace.tokens, height=2.5, sharey=True)
     for axes, columns in panels:
         here = [token for token in made.tokens if token in columns]
         for offset, values, label, colour in (
@@ -132,11 +143,11 @@ def draw_ablation(trace: BubbleTrace, made: Ablation) -> Figure:
             places = [token - columns.start + offset for token in here]
             axes.bar(places, [values[token] for token in here], width=0.4, color=colour, label=label)
         axes.axhline(0, color=GREY, linewidth=0.8)
-        _label_tokens(axes, trace.tokens, columns)
         axes.set_ylabel("nats")
         axes.grid(axis="y", alpha=0.25)
-    panels[0][0].legend(frameon=False, ncols=2, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1))
-    figure.suptitle("Growth of surprisal when a token's forks are deleted", x=0.01, ha="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    legend_outside(figure, *(axes for axes, _ in panels), loc="outside lower center", ncols=2)
+    set_title(figure, f"Growth of surprisal when a token's forks are deleted ({trace.setting})")
     return figure
 
 
@@ -151,7 +162,7 @@ def draw_uncertainty(found: CorpusStatistics) -> Figure:
             names = {"model": "by the model itself", "reference": "by the reference model"}
             _draw_curves(axes, {names[name]: curve for name, curve in chosen.items()})
             axes.set(xlabel=f"{kind} of the next token (nats)", ylabel="bubble size (streams)", title=title)
-    panels[0, 0].legend(frameon=False)
+    legend_outside(figure, *panels.flat, loc="outside lower center", ncols=2)
     _head(figure, found)
     return figure
 
@@ -178,9 +189,10 @@ def draw_overview(found: CorpusStatistics) -> Figure:
     share.set(title="attention of a root with forks", xlabel="block", ylabel="share of attention")
     _draw_curves(each, {name: found.attention_per_stream[kind] for name, kind in own.items()})
     each.set(title="the same, per stream that it falls on", xlabel="block", ylabel="share of attention")
-    share.set_ylim(bottom=0)
-    each.set_ylim(0, 1.3 * each.get_ylim()[1])
-    each.legend(frameon=False, loc="upper left", ncols=2)
+    for axes in (share, each):
+        axes.set_ylim(bottom=0)
+    # Colours tell curves apart in these two panels alone.
+    legend_outside(figure, share, each, loc="outside lower right", ncols=4)
     _head(figure, found)
     return figure
 
@@ -203,7 +215,7 @@ def draw_effect(found: CorpusStatistics) -> Figure:
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
-    for (label, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+    for (label, curve), colour in zip(curves.items(), cycle_colours(len(curves)), strict=True):
         low, high = ([math.nan if end is None else end for end in side] for side in (curve.low, curve.high))
         axes.plot(curve.x, curve.mean, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
         axes.fill_between(np.array(curve.x, dtype=float), low, high, color=colour, alpha=0.2, linewidth=0)
@@ -212,36 +224,21 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 def _reach(curve: Curve) -> list[list[float]]:
-    """How far the band reaches below and above each mean."""
+    """How far the band reaches below and above each mean; NaN, which is not drawn, where there is none."""
     ends = zip(curve.mean, curve.low, curve.high, strict=True)
-    reach = [(0.0, 0.0) if low is None or high is None else (mean - low, high - mean) for mean, low, high in ends]
+    reach = [
+        (math.nan, math.nan) if low is None or high is None else (mean - low, high - mean) for mean, low, high in ends
+    ]
     return [list(side) for side in zip(*reach, strict=True)]
 
 
 def _head(figure: Figure, found: CorpusStatistics) -> None:
-    leak = "; topk sees later tokens" if found.routing == "topk" else ""
-    figure.suptitle(
-        f"routing {found.routing}, budget {found.budget}; {found.tokens:,} tokens in {found.blocks:,} blocks; "
-        f"bands: {found.confidence:.0%} over blocks{leak}",
-        fontsize=10,
+    of = (
+        f"{found.blocks:,} blocks; bands: {found.confidence:.0%} over blocks"
+        if found.blocks > 1
+        else "one block; no bands"
     )
-
-
-def _token_panels(count: int) -> tuple[Figure, list[tuple[Axes, range]]]:
-    """A panel for every few dozen tokens, with the range of them that it shows."""
-    rows = math.ceil(count / TOKENS_PER_ROW)
-    figure = Figure(figsize=(13, 0.9 + 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]
-    starts = range(0, count, TOKENS_PER_ROW)
-    return figure, [(axes, range(s, min(s + TOKENS_PER_ROW, count))) for axes, s in zip(panels, starts, strict=True)]
-
-
-def _label_tokens(axes: Axes, tokens: Sequence[str], columns: range) -> None:
-    axes.set_xticks(
-        range(len(columns)), [visible_token(tokens[c]) for c in columns], rotation=55, ha="right", fontsize=9
-    )
-    axes.set_xlim(-0.6, TOKENS_PER_ROW - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
+    set_title(figure, f"{found.setting}; {found.tokens:,} tokens in {of}")
 
 
 def _scores(trace: BubbleTrace, token: int) -> dict[tuple[int, int], float]:
@@ -254,7 +251,3 @@ def _scores(trace: BubbleTrace, token: int) -> dict[tuple[int, int], float]:
 
 def _pairs(made: Ablation) -> Iterator[tuple[int, list[float]]]:
     return zip(made.tokens, made.change, strict=True)
-
-
-def _colours(count: int) -> list[str]:
-    return [LINE_COLOURS[i % len(LINE_COLOURS)] for i in range(count)]

@@ -2,50 +2,67 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from thoughtbubbles.files import replacing
 from thoughtbubbles.training.callbacks import read_metrics
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#555555"
 TOKENS_PER_ROW = 32
+TOKEN_WIDTH, LEAST_WIDTH = 0.36, 6.0  # inches
+LETTERS_PER_INCH, LEAST_LETTERS = 12, 10
+MOST_TICKS = 8
 
 
-def plot_losses(runs: Mapping[str, Path], output: Path, title: str = "") -> None:
+Beside = Literal["outside right center", "outside lower center", "outside lower right"]
+
+
+def plot_losses(runs: Mapping[str, Path], output: Path, ends: Mapping[str, float], title: str = "") -> None:
     """Validation loss against training tokens, one line for each run's metrics.jsonl.
 
     Args:
         runs: label to the folder of a run.
         output: PNG to write.
+        ends: label to the loss that is reported of the run, which a ring marks: it was measured when the run was done,
+            on other blocks than the curve.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (label, folder), colour in zip(runs.items(), _cycle(LINE_COLOURS, len(runs)), strict=True):
+    for (label, folder), colour in zip(runs.items(), cycle_colours(len(runs)), strict=True):
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if "eval_loss" in row]
         tokens, losses = [row["tokens"] for row in rows], [row["eval_loss"] for row in rows]
         axes.plot(tokens, losses, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=label)
-        axes.annotate(
-            f"{losses[-1]:.3f}",
-            (tokens[-1], losses[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-        )
-    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", title=title)
+        end = (tokens[-1], ends[label])
+        axes.plot(*end, marker="o", markersize=9, markerfacecolor="none", markeredgewidth=1.6, color=colour)
+        shown = f"{end[1]:.3f}"
+        axes.annotate(shown, end, xytext=(9, 0), textcoords="offset points", color=colour, va="center")
+    axes.plot(
+        [],
+        [],
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        color=GREY,
+        label="as reported: measured\nat the end, on more text",
+    )
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(axis_count))
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend_outside(figure, axes)
+    set_title(figure, title)
     save_figure(figure, output)
 
 
@@ -67,26 +84,66 @@ def draw_bubbles(
         fork_layers: marked on the layer axis.
     """
     layers, most = len(sizes), max(max(row) for row in sizes)
-    rows = math.ceil(len(tokens) / TOKENS_PER_ROW)
     colours = ListedColormap([mpl.colormaps["YlGnBu"](0.05 + 0.8 * i / max(most - 1, 1)) for i in range(most)])
     norm = BoundaryNorm([i + 0.5 for i in range(most + 1)], most)
-    figure = Figure(figsize=(13, 0.6 + rows * (1.15 + 0.27 * layers)), layout="constrained")
-    panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    for row, axes in enumerate(panels):
-        columns = range(row * TOKENS_PER_ROW, min((row + 1) * TOKENS_PER_ROW, len(tokens)))
+    figure, panels = token_panels(tokens, height=1.15 + 0.27 * layers)
+    for axes, columns in panels:
         part = [[layer[column] for column in columns] for layer in sizes]
         image = axes.imshow(part, cmap=colours, norm=norm, aspect="auto", origin="lower")
         _write_counts(axes, part, most)
-        axes.set_xticks(range(len(columns)), [visible_token(tokens[c]) for c in columns], rotation=55, ha="right")
-        axes.tick_params(axis="x", labelsize=9, length=0)
+        _fit_tokens(axes, len(panels[0][1]))
+        axes.tick_params(axis="x", length=0)
         axes.set_yticks(range(layers), [f"fork {i}" if i in fork_layers else str(i) for i in range(layers)])
-        axes.set_xlim(-0.5, TOKENS_PER_ROW - 0.5)
         axes.spines[:].set_visible(False)
         axes.set_ylabel("layer")
-    bar = figure.colorbar(image, ax=list(panels), ticks=range(1, most + 1), pad=0.01, fraction=0.02)
+    every = [axes for axes, _ in panels]
+    bar = figure.colorbar(image, ax=every, ticks=range(1, most + 1), pad=0.01, aspect=30 * len(panels), shrink=0.95)
     bar.set_label("streams of the token")
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
+
+
+def token_panels(tokens: Sequence[str], height: float, sharey: bool = False) -> tuple[Figure, list[tuple[Axes, range]]]:
+    """A panel for every few dozen tokens, evenly filled and as wide as they need, with the range that each shows.
+
+    Args:
+        tokens: T labels.
+        height: of a panel in inches.
+        sharey: whether all panels have one scale.
+    """
+    width = math.ceil(len(tokens) / math.ceil(len(tokens) / TOKENS_PER_ROW))
+    ranges = [range(start, min(start + width, len(tokens))) for start in range(0, len(tokens), width)]
+    size = (max(LEAST_WIDTH, 1.4 + TOKEN_WIDTH * width), 0.6 + height * len(ranges))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(len(ranges), 1, squeeze=False, sharey=sharey)[:, 0])
+    for axes, columns in zip(panels, ranges, strict=True):
+        labels = [visible_token(tokens[column]) for column in columns]
+        axes.set_xticks(range(len(columns)), labels, rotation=55, ha="right", fontsize=9)
+        _fit_tokens(axes, width)
+    return figure, list(zip(panels, ranges, strict=True))
+
+
+def _fit_tokens(axes: Axes, width: int) -> None:
+    axes.set_xlim(-0.5, width - 0.5)
+
+
+def legend_outside(figure: Figure, *panels: Axes, loc: Beside = "outside right center", ncols: int = 1) -> None:
+    """One legend for all panels, beside them, so that it covers no data."""
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if entries:
+        figure.legend(
+            list(entries.values()), list(entries), loc=loc, ncols=min(ncols, len(entries)), frameon=False, fontsize=9
+        )
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """A title in as many lines as the width of the figure makes of it."""
+    for letters in range(int(LETTERS_PER_INCH * figure.get_figwidth()), LEAST_LETTERS, -5):
+        title = figure.suptitle(textwrap.fill(text, letters), fontsize=11)
+        if title.get_window_extent().width <= figure.bbox.width:
+            return
 
 
 def plot_scores(
@@ -106,19 +163,24 @@ def plot_scores(
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 0.5 + 3 * rows), layout="constrained")
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    colours = dict(zip(labels, cycle_colours(len(labels)), strict=True))
     for axes, (name, lines) in zip(places, panels.items(), strict=False):
-        for (label, points), colour in zip(lines.items(), _cycle(LINE_COLOURS, len(lines)), strict=True):
+        for label, points in lines.items():
             budgets, scores, errors = zip(*sorted(points), strict=True)
-            axes.errorbar(budgets, scores, errors, marker="o", markersize=3.5, capsize=2, color=colour, label=label)
+            axes.errorbar(
+                budgets, scores, errors, marker="o", markersize=3.5, capsize=2, color=colours[label], label=label
+            )
         axes.set(title=name, xlabel=xlabel)
-        if all(float(point[0]).is_integer() for points in lines.values() for point in points):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        measured = sorted({point[0] for points in lines.values() for point in points})
+        if len(measured) <= MOST_TICKS:
+            axes.set_xticks(measured, [f"{place:g}" for place in measured])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(title)
+    legend_outside(figure, *places, loc="outside lower center", ncols=columns)
+    set_title(figure, title)
     save_figure(figure, output)
 
 
@@ -144,8 +206,9 @@ def axis_count(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[i % len(colours)] for i in range(count)]
+def cycle_colours(count: int) -> list[str]:
+    """So many of `LINE_COLOURS`, over again where there are no more."""
+    return [LINE_COLOURS[i % len(LINE_COLOURS)] for i in range(count)]
 
 
 def save_figure(figure: Figure, output: Path) -> None:

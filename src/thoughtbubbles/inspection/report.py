@@ -105,7 +105,7 @@ def show_report(report: TextReport) -> None:
         console.print(shade_bubbles(trace.tokens, sizes))
     else:
         print(mark_bubbles(trace.tokens, sizes))
-    print(f"\nrouting {trace.routing}, budget {trace.budget}: {np.mean(sizes):.2f} streams per token in the last block")
+    print(f"\n{trace.setting}: {np.mean(sizes):.2f} streams per token in the last block")
     if trace.surprisal:
         print(f"loss {np.mean(trace.surprisal):.4f} nats per token{LEAK if trace.routing == 'topk' else ''}")
     if report.ablation is not None and report.ablation.tokens:
@@ -122,7 +122,7 @@ def show_report(report: TextReport) -> None:
 def show_statistics(found: CorpusStatistics) -> None:
     """Print the main figures, with their bands."""
     leak = LEAK if found.routing == "topk" else ""
-    print(f"routing {found.routing}, budget {found.budget}; {found.tokens:,} tokens in {found.blocks:,} blocks")
+    print(f"{found.setting}; {found.tokens:,} tokens in {found.blocks:,} block{'s' * (found.blocks != 1)}")
     print(f"loss {found.loss:.4f} nats per token{leak}")
     if found.reference_loss is not None:
         print(f"loss of the reference model {found.reference_loss:.4f} nats per token")

@@ -12,7 +12,7 @@ from thoughtbubbles.budget import Budget
 from thoughtbubbles.inspection.ablation import ablate
 from thoughtbubbles.inspection.curves import CONFIDENCE, Curve, Floats, banded_means, means_at, means_by_name, windows
 from thoughtbubbles.inspection.observing import evaluating
-from thoughtbubbles.inspection.trace import BubbleTrace, predictions, trace_bubbles
+from thoughtbubbles.inspection.trace import BubbleTrace, describe_setting, predictions, trace_bubbles
 from thoughtbubbles.inspection.words import KINDS, OTHER, split_words
 from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
 
@@ -69,6 +69,11 @@ class CorpusStatistics:
     size_by_piece: Curve
     ablation: Curve | None
     confidence: float = CONFIDENCE
+
+    @property
+    def setting(self) -> str:
+        """What ran, for a title: `dense`, or the routing with its budget."""
+        return describe_setting(self.routing, self.budget)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON knows it."""

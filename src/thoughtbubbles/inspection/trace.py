@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget
+from thoughtbubbles.budget import Budget, budget_text
 from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.files import replacing
 from thoughtbubbles.inspection.observing import evaluating, observing
@@ -76,6 +76,11 @@ class BubbleTrace:
     entropy: list[float]
     surprisal: list[float]
     streams: StreamTable
+
+    @property
+    def setting(self) -> str:
+        """What ran, for a title: `dense`, or the routing with its budget."""
+        return describe_setting(self.routing, self.budget)
 
     def bubble_sizes(self) -> npt.NDArray[np.int64]:
         """[L, T] streams of each token in each block."""
@@ -201,6 +206,14 @@ def trace_bubbles(
         surprisal=surprisal[0].tolist(),
         streams=tabulate(out.streams[:-1], fork_layers, seen),
     )
+
+
+def describe_setting(routing: str, budget: Budget) -> str:
+    """What ran, for a title: `dense`, or the routing with its budget and, where there is one, its leak."""
+    if routing == "none":
+        return "dense"
+    leak = "; early tokens see later ones" if routing == "topk" else ""
+    return f"{routing}, budget {budget_text(budget)}{leak}"
 
 
 def predictions(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
