@@ -186,6 +186,13 @@ def test_given_tokenizer_is_used_and_saved(tmp_path: Path, corpus: str, tokenize
     assert theirs == ours
 
 
+def test_documents_that_hold_the_bytes_exactly_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, sizes = np.array([2, 0, 1]), np.array([4, 3, 2])
+    for wanted, expected in ((1, [2]), (2, [2]), (3, [2, 0]), (6, [2, 0]), (7, [2, 0, 1]), (99, [2, 0, 1])):
+        monkeypatch.setattr(survey, "TOKENIZER_TRAINING_BYTES", wanted)
+        assert survey._first_bytes(order, sizes).tolist() == expected
+
+
 def test_tokenizer_learns_from_a_sample_of_the_training_documents(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,11 @@ def test_one_block_has_no_band() -> None:
     assert (curve.mean, curve.low, curve.high) == ([1.5], [None], [None])
 
 
+def test_a_place_between_two_bins_is_of_the_upper() -> None:
+    curve = means_at(np.arange(5.0)[None], np.arange(5.0)[None], 4)
+    assert (curve.x, curve.count) == ([0, 1, 2, 3.5], [1, 1, 1, 2])
+
+
 def test_bins_hold_equally_many_tokens_and_skip_what_is_not_known() -> None:
     x = np.array([[0.0, 1, 2, 3], [4, 5, np.nan, 7]])
     y = np.array([[1.0, 1, 2, 2], [3, 3, 100, np.nan]])
