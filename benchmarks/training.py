@@ -25,7 +25,7 @@ from thoughtbubbles.accounting import dense_twin, layer_widths, training_flops
 from thoughtbubbles.attention import rotary_angles
 from thoughtbubbles.files import json_text
 from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
-from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.machine import describe_machine, keep_freed_memory
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.training.meter import peak_memory
 
@@ -33,6 +33,7 @@ from thoughtbubbles.training.meter import peak_memory
 def main() -> None:
     """Time every variant in turn, round by round, so that a drifting machine touches all alike."""
     arguments = parse_arguments()
+    keep_freed_memory()  # as `thoughtbubbles train` does
     steps = make_steps(arguments)
     peak = matmul_peak(arguments)
     for step in steps.values():

@@ -64,7 +64,8 @@ def attenuated_attention(
         k, v = memory.append(k, v, placement)
         mask, is_causal = placement.mask, placement.is_causal
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-    return out[..., :head_dim]
+    # Backward, a split is put together in one pass, where a slice fills zeros first.
+    return out if v.shape[-1] == head_dim else out.split([head_dim, v.shape[-1] - head_dim], dim=-1)[0]
 
 
 def attenuate(
@@ -80,9 +81,10 @@ def attenuate(
     width = channels.shape[-1]
     # The fused kernels want values as wide as keys.
     spare = attenuated_width(k.shape[-1], k.dtype.itemsize, k.device.type) - k.shape[-1] - width
-    q = F.pad(torch.cat([q, torch.ones_like(q[..., :width])], dim=-1), (0, spare))
-    k = F.pad(torch.cat([k, channels], dim=-1), (0, spare))
-    return q, k, F.pad(v, (0, width + spare))
+    # Joined at once, since padding would copy once more, and once more backward.
+    zeros = k.new_zeros(()).expand(*k.shape[:-1], width + spare)
+    q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], width), zeros[..., :spare]], dim=-1)
+    return q, torch.cat([k, channels, zeros[..., :spare]], dim=-1), torch.cat([v, zeros], dim=-1)
 
 
 def _weigh(v: Tensor, log_score: Tensor) -> Tensor:

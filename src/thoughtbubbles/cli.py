@@ -236,9 +236,11 @@ def train(
     newest sound checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save and stop; a second Ctrl-C stops at once.
     """
     from thoughtbubbles.evaluation.during_training import task_scores
+    from thoughtbubbles.machine import keep_freed_memory
     from thoughtbubbles.training.recipe import load_recipe
     from thoughtbubbles.training.run import train as run_training
 
+    keep_freed_memory()
     loaded = load_recipe(recipe, overrides or ())
     summary = run_training(loaded, progress=not quiet, callbacks=task_scores(loaded), verify=verify)
     if not _last_word():

@@ -18,6 +18,7 @@ from thoughtbubbles.comparison.recipe import EvaluationSection
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.errors import InputError, RunError, RunInterrupted, is_out_of_memory
 from thoughtbubbles.files import LOCK_NAME, sole_user, write_text
+from thoughtbubbles.machine import keep_freed_memory
 from thoughtbubbles.training.folder import SUMMARY_NAME, read_facts
 from thoughtbubbles.training.interruption import stop_on_signals
 from thoughtbubbles.training.run import train
@@ -140,6 +141,7 @@ def _work(run: Run, evaluation: EvaluationSection | None) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
         _stop_with_parent()
         _wait_until_free(run.folder)
+        keep_freed_memory()
         try:
             train(run.recipe)
             if evaluation is not None and not is_done(run, evaluation):
