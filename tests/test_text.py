@@ -1,6 +1,7 @@
 """What precedes a text, asked by all alike; text in and out of tokens."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from thoughtbubbles.data.sft import Template, read_examples
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer
 from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
-from thoughtbubbles.evaluation.generation import Sampling, generate_text
+from thoughtbubbles.evaluation.generation import PARTIAL, Sampling, TextPrinter, generate_text
 from thoughtbubbles.evaluation.harness import adapter
 from thoughtbubbles.evaluation.perplexity import TextSize, read_blocks
 from thoughtbubbles.inspection.trace import to_ids, trace_bubbles
@@ -201,6 +202,21 @@ def test_tokens_read_as_they_do_inside_a_text(tmp_path: Path) -> None:
     assert "".join(trace_bubbles(model, tokenizer, "the river of stone").tokens) == "<s> the river of stone"
     *_, growth = Exhibit("m", model, tokenizer).generate(ids, 1, 3)
     assert "".join(growth.pieces).startswith(" the river of stone")
+
+
+@pytest.mark.parametrize("kind", [sentencepiece, byte_level], ids=lambda kind: kind.__name__)
+def test_what_is_printed_token_by_token_is_the_text(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
+    tokenizer = load_tokenizer(kind(tmp_path / "m"))
+    text = f"{CORPUS[0]} river{CORPUS[1]} \u77f3 small"
+    ids, parts = encode_text(tokenizer, text), list[str]()
+    printer = TextPrinter(tokenizer, parts.append)
+    printer.put(torch.tensor([[*start_document(tokenizer), *ids[:9]]]))
+    for token in ids[9:]:
+        printer.put(torch.tensor([token]))
+    assert len(parts) > 30
+    assert PARTIAL not in "".join(parts)
+    printer.end()
+    assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
 def test_bytes_of_half_a_character_are_marked(tmp_path: Path) -> None:

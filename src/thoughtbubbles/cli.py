@@ -775,9 +775,9 @@ def plan(
 
 
 def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
-    from transformers import TextStreamer
+    from thoughtbubbles.evaluation.generation import TextPrinter
 
-    return TextStreamer(tokenizer, skip_special_tokens=True)
+    return TextPrinter(tokenizer, partial(typer.echo, nl=False))
 
 
 def _standard_input() -> str:

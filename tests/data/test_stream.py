@@ -339,7 +339,7 @@ def test_a_document_that_only_begins_like_the_last_of_the_validation_stays() -> 
     table = pa.table({"input_ids": pa.array([[0, 5, 6], [7, 0, 8]], pa.list_(pa.int32(), 3))})
     blocks: Any = SimpleNamespace(
         validation=SimpleNamespace(data=table),
-        manifest=SimpleNamespace(validation=SimpleNamespace(dropped_tokens=2)),
+        manifest=SimpleNamespace(validation=SimpleNamespace(dropped_tokens=2), cut=None),
     )
     held = HeldOut([blocks], 0)
     for document in ([5, 6, 7], [8], [8, 1, 1]):

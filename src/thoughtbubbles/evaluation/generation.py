@@ -1,10 +1,12 @@
 """Generating text from a prompt."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from thoughtbubbles.budget import Budget
 from thoughtbubbles.evaluation.finite import finite_logits
@@ -23,6 +25,10 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "min_p": (0, 1, "a number from 0 to 1"),
     "repetition_penalty": (0.01, 100, "a number from 0.01 to 100"),
 }
+
+
+# What the bytes of half a character are decoded to.
+PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,42 @@ class Generation:
     continuation: str
     ids: list[int]
     prompt_tokens: int
+
+
+class TextPrinter(BaseStreamer):
+    """Says a row's text as its tokens come: what is said in all is the text of all tokens.
+
+    The streamer of transformers decodes each line by itself, which loses the space that a line may begin with.
+
+    Args:
+        tokenizer: of the tokens.
+        say: takes each new part of the text.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._say = say
+        self._ids: list[int] = []
+        self._said = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next tokens."""
+        self._ids += value.flatten().tolist()
+        # What half a character decodes to may yet change.
+        self._go_on(self._text().rstrip(PARTIAL))
+
+    def end(self) -> None:
+        """Say what is left, and end the line."""
+        self._go_on(self._text())
+        self._say("\n")
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _go_on(self, text: str) -> None:
+        if new := text[self._said :]:
+            self._say(new)
+            self._said = len(text)
 
 
 def generate_text(
