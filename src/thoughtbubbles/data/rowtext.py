@@ -1,7 +1,7 @@
 """The text of a row: one of its fields, or a Jinja template over all of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -62,33 +62,31 @@ def render(template: str, row: Mapping[str, Any], place: str) -> str:
         DataError: a field that the row lacks, or one that the template cannot use.
     """
     try:
-        text = _compiled(template).render(_with_nulls(dict(row)))
+        text = _compiled(template).render(_mapped(_with_null, dict(row)))
     except Exception as error:  # whatever an expression of the template may raise
         has = ", ".join(map(repr, row)) or "no fields"
         raise DataError(f"{place}: template: {one_line(error)}; the row has {has}") from None
     return text if text.strip() else ""
 
 
-def _with_nulls(value: Any) -> Any:
-    """A value with `NULL` for what is missing in it."""
-    match value:
-        case dict():
-            return {key: _with_nulls(each) for key, each in value.items()}
-        case list():
-            return [_with_nulls(each) for each in value]
-        case _:
-            # Tables write a number that is missing as the one that does not equal itself.
-            return NULL if value is None or value != value else value
+def _with_null(value: Any) -> Any:
+    """`NULL` for a value that is missing; tables write a number so as the one that does not equal itself."""
+    return NULL if value is None or value != value else value
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_null(value: Any) -> Any:
+    return None if isinstance(value, Null) else value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """A value with the change made to all that is in its lists and mappings."""
     match value:
         case dict():
-            return {key: _without_nulls(each) for key, each in value.items()}
+            return {key: _mapped(change, each) for key, each in value.items()}
         case list():
-            return [_without_nulls(each) for each in value]
+            return [_mapped(change, each) for each in value]
         case _:
-            return None if isinstance(value, Null) else value
+            return change(value)
 
 
 @lru_cache
@@ -111,5 +109,7 @@ def _environment() -> "Environment":
     environment = RowEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = lambda value: NULL if value is None else value
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
-    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_without_nulls(value), **options)
+    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(
+        _mapped(_without_null, value), **options
+    )
     return environment
