@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from tests.data.conftest import hub_folder, make_texts
 from tests.data.test_prepare import content, leftovers
 from thoughtbubbles import cli
-from thoughtbubbles.data import DataError, SourceError, UnfinishedError, shards
+from thoughtbubbles.data import DataError, SourceError, UnfinishedError, formats, shards
 from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.hub import HubReader, parse_name
 from thoughtbubbles.data.reading import open_documents, read_documents
@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_read(
     def unreadable(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(Path, "open", unreadable)
+    monkeypatch.setattr(formats, "open", unreadable, raising=False)
     with pytest.raises(UnfinishedError, match=rf"cannot read .*{name}: ") as caught:
         list(read_documents(source, "text"))
     assert caught.value.exit_code == code

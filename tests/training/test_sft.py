@@ -257,7 +257,7 @@ def test_a_models_tokenizer_needs_an_end_of_text(tmp_path: Path, tiny_run: Path,
     tokenizer.save_pretrained(str(model))
     recipe = sft_recipe(tmp_path, tiny_data, "data.tokenizer=null")
     recipe.model = {"pretrained": str(model)}
-    with pytest.raises(InputError, match=r"expected a tokenizer with a tokenizer\.json and an eos token"):
+    with pytest.raises(InputError, match="expected a tokenizer with an eos token"):
         load_run_data(recipe)
 
 

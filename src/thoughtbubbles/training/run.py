@@ -219,8 +219,8 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
         tokenizer.pad_token = tokenizer.eos_token
     start, ends = start_document(tokenizer), document_ends(tokenizer)
     ids = {
-        "bos_token_id": start[-1],
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "bos_token_id": start[-1] if start else None,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
