@@ -46,7 +46,17 @@ def test_a_short_rehearsal(tmp_path: Path) -> None:
     for folder in ("src", "scripts", "benchmarks", "tests", "recipes"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     output, pieces = tmp_path / "output", tmp_path / "pieces"
-    rehearse = ("--rehearse", "--output", output, "--parts", "facts,correct", "--minutes", 9)
+    rehearse = (
+        "--rehearse",
+        "--output",
+        output,
+        "--kit",
+        tmp_path / "absent",
+        "--parts",
+        "facts,correct",
+        "--minutes",
+        9,
+    )
     done = gpu(*rehearse, "--archive", pieces, root=root)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {part: json.loads((output / f"{part}.json").read_text()) for part in ("facts", "correct")}
@@ -61,7 +71,7 @@ def test_a_short_rehearsal(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_whole_rehearsal(tmp_path: Path) -> None:
-    done = gpu("--rehearse", "--output", tmp_path, "--minutes", 9)
+    done = gpu("--rehearse", "--output", tmp_path, "--kit", tmp_path / "absent", "--minutes", 9)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(PARTS)
     assert (tmp_path / "model" / "model.safetensors").exists()
