@@ -42,7 +42,7 @@ def start(recipe: Recipe, progress: bool = False) -> ThoughtbubblesForCausalLM:
         ({"gate_scores": "fixed"}, set(), {"model.gates.1.norm.", "model.gates.2.projection."}),
         ({"gate_scores": "forks"}, set(), set()),
     ],
-    ids=str,
+    ids=["fork_layers", "none", "threshold", "fixed", "forks"],
 )
 def test_gates_that_the_recipe_changes_begin_anew(
     model: Path,
