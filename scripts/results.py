@@ -34,6 +34,8 @@ def main() -> None:
         text = fill(text, path.stem, comparison_tables(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(DATA.glob("evaluation-*.json")):
         text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(DATA.glob("*/training.json")):
+        text = fill(text, path.parent.name, device_tables(path.parent))
     PAGE.write_text(text, encoding="utf-8")
     main_table = comparison_extract(json.loads((DATA / f"{MAIN}.json").read_text(encoding="utf-8")), MAIN_COLUMNS)
     README.write_text(fill(README.read_text(encoding="utf-8"), MAIN, main_table), encoding="utf-8")
@@ -135,6 +137,53 @@ def routing_tables(result: dict[str, Any]) -> str:
             f"{facts}\n",
         ]
     )
+
+
+def device_tables(folder: Path) -> str:
+    """What the parts `correct` and `training` of scripts/gpu.py found on a device."""
+    training, correct, facts = (
+        json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in ("training", "correct", "facts")
+    )
+    items, peak = training["items"], facts["items"]["matmul"]["bfloat16"]
+    columns = ["step", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of the measured peak", "causal half", "GB"]
+    rows = [
+        [
+            name,
+            str(row["rows"]),
+            f"{row['seconds'] * 1000:.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['flops_per_second'] / 1e12:.0f}",
+            *(f"{row[key]:.1%}" for key in ("mfu_square", "measured_mfu_square", "mfu_half")),
+            f"{row['peak_memory'] / 1e9:.1f}",
+        ]
+        for name, row in items.items()
+        if "tokens_per_second" in row
+    ]
+    parts = {name: row for name, row in items.items() if "ours" in row}
+    names = list(dict.fromkeys(part for row in parts.values() for part in row["seconds"]))
+    by_part = [
+        [name, *(f"{row['seconds'][part] * 1000:.1f}" for part in names), f"{row['ours']:.1%}"]
+        for name, row in parts.items()
+    ]
+    cases = [row for name, row in correct["items"].items() if not name.startswith("compiled")]
+    worst = {key: max(row.get(key, 0) for row in cases) for key in ("logits", "gradients", "cached", "bfloat16_logits")}
+    told = (
+        f"Correctness: {len(cases)} cases against the reference, {sum(row['flips'] for row in cases)} of "
+        f"{sum(row['candidates'] for row in cases):,} candidates routed otherwise, {len(correct['failed'])} failed. "
+        f"Largest error of a logit {worst['logits']:.1e} and, relative, of a gradient {worst['gradients']:.1e} in "
+        f"float32; of logits as a whole {worst['bfloat16_logits']:.1%} in bfloat16; of a logit in the cache "
+        f"{worst['cached']:.1e} in float64."
+    )
+    made = (
+        f"{_made(training['machine'])}; bfloat16, compiled by blocks, rows of 1,024 tokens, vocabulary 50,257, medians "
+        f"of 6 steps. Measured peak {peak / 1e12:.0f} TFLOP/s. FLOPs over the whole square of attention, but in the "
+        "column that counts half of it."
+    )
+    tables = [
+        markdown_table(Table("", columns, rows)),
+        markdown_table(Table("", ["ms, uncompiled", *names, "gate to merge"], by_part)),
+    ]
+    return "\n\n".join([*tables, told, f"{made}\n"])
 
 
 def _made(machine: dict[str, str]) -> str:

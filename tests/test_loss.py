@@ -28,12 +28,13 @@ def whole(hidden: Tensor, matrix: Tensor, targets: Tensor, num_items: Any = None
 
 
 @pytest.mark.parametrize("num_items", [None, 5, torch.tensor(7)], ids=str)
-@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize(("rows", "alignment"), [(1, 1), (4, 1), (1000, 1), (4, 16)])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 7)])
 def test_loss_and_gradients_are_those_of_all_logits(
-    batch: int, length: int, rows: int, num_items: Any, monkeypatch: pytest.MonkeyPatch
+    batch: int, length: int, rows: int, alignment: int, num_items: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setitem(module.ALIGNMENT, "cpu", alignment)
     hidden, matrix, targets = inputs(batch, length)
     targets[0, 0] = 3
     found, expected = (f(hidden, matrix, targets, num_items) for f in (chunked_next_token_loss, whole))
@@ -86,6 +87,12 @@ def test_rows_of_logits_are_not_held_together(monkeypatch: pytest.MonkeyPatch) -
     hidden, matrix, targets = inputs(4, 64)
     assert record(lambda: whole(hidden, matrix, targets)).largest == 256 * VOCABULARY
     assert record(lambda: chunked_next_token_loss(hidden, matrix, targets)).largest == 256 * HIDDEN
+
+
+def test_products_are_as_wide_as_the_device_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.ALIGNMENT, "cpu", 16)
+    hidden, matrix, targets = inputs(3, 7)
+    assert record(lambda: chunked_next_token_loss(hidden, matrix, targets)).largest == 21 * 48
 
 
 def test_autocast_decides_the_type_of_the_products() -> None:

@@ -1,10 +1,12 @@
-"""How a process that trains keeps its memory."""
+"""What a measurement says of its machine, and how a process that trains keeps its memory."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from thoughtbubbles.machine import describe_machine
 
 FAULTS = """
 import resource, sys, torch
@@ -29,3 +31,8 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
         made = subprocess.run([sys.executable, "-c", FAULTS, name], capture_output=True, text=True, check=True)
         found[name] = int(made.stdout)
     assert found["keep"] < 32 < found["return"]
+
+
+def test_a_copy_of_the_source_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THOUGHTBUBBLES_COMMIT", "0123abc")
+    assert describe_machine()["commit"] == "0123abc"

@@ -58,15 +58,16 @@ def mixed_inputs(streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("num_items", [None, 5, torch.tensor(7)], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+@pytest.mark.parametrize(("rows", "alignment"), [(1, 1), (2, 1), (5, 1), (1000, 1), (5, 16)])
 @pytest.mark.parametrize(
     "sizes", [[[1]], [[3, 1, 2], [1, 1]], [[8, 1, 1, 4], [2, 2, 8, 8], [1]], [[1, 1, 1], [1, 1, 1]]], ids=str
 )
 def test_loss_and_gradients_are_those_of_loops(
-    sizes: list[list[int]], rows: int, num_items: Any, monkeypatch: pytest.MonkeyPatch
+    sizes: list[list[int]], rows: int, alignment: int, num_items: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever bubble a chunk cuts."""
     monkeypatch.setattr(loss_module, "ROWS", rows)
+    monkeypatch.setitem(loss_module.ALIGNMENT, "cpu", alignment)
     streams = build(sizes)
     hidden, matrix, log_score, targets = mixed_inputs(streams)
     bubbles = Bubbles(log_score, streams.begins(), widest=8)

@@ -113,7 +113,7 @@ class Bench:
         return {**found, "off": off}
 
     def loss(self, shape: str) -> dict[str, Any]:
-        """Seconds of the loss, forward and backward, by how many rows of logits it holds at a time."""
+        """Seconds of the loss, forward and backward, by how many rows of logits it holds at a time; and at odd widths."""
         config = self.config(shape, "none", "1")
         count = 64 if self.rehearse else 1 << 14
         hidden = torch.randn(1, count, config.hidden_size, device=self.device).requires_grad_()
@@ -126,10 +126,13 @@ class Bench:
             loss.backward()
 
         found = {}
+        sizes = (32, 64) if self.rehearse else (512, 2048, 8192)
         with released():
-            for size in (32, 64) if self.rehearse else (512, 2048, 8192):
+            for size in sizes:
                 with patch.object(loss_module, "ROWS", size):
                     found[str(size)] = seconds_of(self.device, work, rounds=3)
+            with patch.dict(loss_module.ALIGNMENT, clear=True):
+                found[f"{loss_module.ROWS}, as wide as the vocabulary"] = seconds_of(self.device, work, rounds=3)
         return {"rows": count, "seconds": found}
 
     def timed(self, config: ThoughtbubblesConfig, twin: bool, rows: int, pieces: str) -> dict[str, Any]:

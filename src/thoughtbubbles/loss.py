@@ -17,6 +17,8 @@ from .columns import ColumnMap
 IGNORE_INDEX = -100
 ROWS = 512
 """Rows of logits to hold at a time: more leave a processor's cache, fewer add up the matrix's gradient too often."""
+ALIGNMENT = {"cuda": 64}
+"""By type of device, what the number of logits is filled up to a multiple of: a GPU's products are slow at odd ones."""
 
 
 def next_token_targets(labels: Tensor, columns: ColumnMap | None) -> Tensor:
@@ -109,7 +111,8 @@ def chunked_token_losses(
     """[B, T] the terms of `chunked_next_token_loss`, 0 where there is no target; a bubble's is that of its leftmost."""
     dtype, mixing = _product_dtype(hidden), () if bubbles is None else _flat(bubbles)
     with torch.autocast(hidden.device.type, enabled=False):
-        chunks = _chunks(hidden.flatten(0, 1), unembedding.to(dtype), targets.flatten(), *mixing)
+        matrix = _aligned(unembedding, dtype)
+        chunks = _chunks(hidden.flatten(0, 1), matrix, len(unembedding), targets.flatten(), *mixing)
         found = [-chunk.log_prob[:ROWS] for chunk in chunks]
     return torch.cat(found).view(targets.shape)
 
@@ -117,6 +120,13 @@ def chunked_token_losses(
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _aligned(unembedding: Tensor, dtype: torch.dtype) -> Tensor:
+    """[V, D] in the type of the products, on some devices with rows of zeros below."""
+    spare = -len(unembedding) % ALIGNMENT.get(unembedding.device.type, 1)
+    matrix = unembedding.to(dtype)
+    return F.pad(matrix, (0, 0, 0, spare)) if spare else matrix
 
 
 def _flat(bubbles: Bubbles) -> tuple[Tensor, Tensor, int]:
@@ -131,7 +141,7 @@ class _Chunk:
         rows: which.
         x: [C, D] they, in the type of the products.
         place: [C, 1] their targets, 0 where there is none.
-        logits: [C, V].
+        logits: [C, V or more], -inf beyond the vocabulary.
         log_sum: [C, 1] of the logits.
         log_prob: [C] of the target; of a mixture at the leftmost row of its bubble. 0 elsewhere and without a target.
         weight, share: [C] of each row in its mixture before and after the target is known; 0 without a target.
@@ -150,6 +160,7 @@ class _Chunk:
 def _chunks(
     hidden: Tensor,
     matrix: Tensor,
+    vocab_size: int,
     targets: Tensor,
     log_score: Tensor | None = None,
     begins: Tensor | None = None,
@@ -165,6 +176,8 @@ def _chunks(
         x, real = hidden[rows].to(matrix.dtype), targets[rows] != IGNORE_INDEX
         place = targets[rows].clamp(min=0)[:, None]
         logits = (x @ matrix.T).to(wide)
+        if vocab_size < len(matrix):
+            logits[:, vocab_size:] = -torch.inf
         log_sum = logits.logsumexp(1, keepdim=True)
         log_prob = (logits.gather(1, place) - log_sum)[:, 0]
         if log_score is None or begins is None:
@@ -208,14 +221,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         begins: Tensor | None = None,
         widest: int = 1,
     ) -> Tensor:
-        matrix = unembedding.to(dtype)
+        vocab_size, matrix = len(unembedding), _aligned(unembedding, dtype)
         loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wanted and ctx.needs_input_grad[0] else None
         grad_score = torch.zeros_like(log_score) if wanted and log_score is not None else None
         grad_matrix = None
         # Without targets the loss is nan, but its gradients are zero.
         scale = torch.where(count == 0, 0, 1 / count.to(loss.dtype))
-        for chunk in _chunks(hidden, matrix, targets, log_score, begins, widest):
+        for chunk in _chunks(hidden, matrix, vocab_size, targets, log_score, begins, widest):
             loss -= chunk.log_prob.sum()
             if not wanted:
                 continue
@@ -227,7 +240,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[chunk.rows] += grad @ matrix
             if ctx.needs_input_grad[1]:
                 grad_matrix = _add_product(grad_matrix, grad.T, chunk.x)
-        grad_matrix = None if grad_matrix is None else grad_matrix.to(unembedding.dtype)
+        grad_matrix = None if grad_matrix is None else grad_matrix[:vocab_size].to(unembedding.dtype)
         ctx.save_for_backward(grad_hidden, grad_matrix, grad_score)
         return loss / count
 

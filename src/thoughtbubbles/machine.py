@@ -1,6 +1,7 @@
 """What a measurement ran on: commit, versions, processor; and how a process that trains on it keeps its memory."""
 
 import ctypes
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -44,8 +45,14 @@ def keep_freed_memory() -> bool:
     return bool(library.mallopt(_TRIM_THRESHOLD, -1)) and bool(library.mallopt(_MMAP_MAX, 0))
 
 
+COMMIT_VARIABLE = "THOUGHTBUBBLES_COMMIT"
+"""Environment variable that says it of a copy of the source, whose folder may be another checkout."""
+
+
 def _commit() -> str:
     """Of the source that runs; `unknown` where it is not a checkout, or lies ignored inside another one."""
+    if said := os.environ.get(COMMIT_VARIABLE):
+        return said
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
         return _git("describe", "--always", "--dirty", "--exclude=*")

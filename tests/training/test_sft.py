@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import tiny_model
+from tests.tokenizer_kinds import byte_level
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.accounting import training_flops
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
-from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
+from thoughtbubbles.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from thoughtbubbles.errors import InputError
+from thoughtbubbles.text import record_start
 from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.recipe import Recipe, RecipeError, load_recipe
 from thoughtbubbles.training.run import RunSummary, build_config, build_model, train
@@ -279,3 +282,25 @@ def test_bad_input_leaves_nothing(tmp_path: Path, tiny_data: PreparedData, overr
     with pytest.raises(InputError, match=message):
         train(sft_recipe(tmp_path, tiny_data, override), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_named_tokenizer_takes_over_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    """A tokenizer named again, as it came, says nothing of what preceded documents in training."""
+    plain = byte_level(tmp_path / "plain", "<s>", "</s>")
+    tokenizer = load_tokenizer(plain)
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"p": "the", "c": " river"}\n{"p": "of", "c": " stone"}\n')
+    data = {"source": str(tmp_path / "rows.jsonl"), "prompt": "{p}", "completion": "{c}", "tokenizer": str(plain)}
+    training = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 1}
+    content = {"task": "sft", "model": {"pretrained": str(tmp_path / "model")}, "data": data, "training": training}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    for recorded, start in ((None, "<s>"), (tokenizer.eos_token_id, "</s>"), (tokenizer.bos_token_id, "<s>")):
+        if recorded is not None:
+            record_start(tokenizer, recorded)
+        tokenizer.save_pretrained(tmp_path / "model")
+        loaded = load_run_data(load_recipe(tmp_path / "recipe.yaml"), progress=False)
+        (first, *_) = loaded.samples[0].tokens
+        assert tokenizer.convert_ids_to_tokens(int(first)) == start
+        config = build_config(load_recipe(tmp_path / "recipe.yaml"), loaded)
+        assert (config.bos_token_id, config.pad_token_id) == (first, tokenizer.eos_token_id)

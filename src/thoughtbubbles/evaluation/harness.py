@@ -17,7 +17,7 @@ from thoughtbubbles.budget import Budget
 from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.evaluation.finite import check_finite, finite_logits
 from thoughtbubbles.loading import find_model, load_tokenizer
-from thoughtbubbles.text import decode_continuation, encode_text, start_document
+from thoughtbubbles.text import decode_continuation, document_ends, encode_text, start_document
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -184,6 +184,7 @@ def adapter() -> "type[HFLM]":
                     input_ids=context,
                     max_length=max_length,
                     stopping_criteria=criteria,
+                    eos_token_id=document_ends(self.tokenizer) or None,
                     pad_token_id=self.tokenizer.pad_token_id,
                     use_cache=self.use_cache,
                     budget=self.budget,

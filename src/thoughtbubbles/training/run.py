@@ -224,8 +224,9 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    for name, token in ids.items():
+        if getattr(config, name) is None:
+            setattr(config, name, token)
     if (pretrained := recipe.model.get("pretrained")) is not None:
         check_tokenizer(pretrained, tokenizer, data.source)
     check_rows(config, data.vocab_size, data.longest, data.source)
