@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, update_thresholds
-from thoughtbubbles.cache import StreamCache
-from thoughtbubbles.decoding import CACHE_NAME
-from thoughtbubbles.files import json_text
-from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.decoding import CACHE_NAME
+from thoughtbubbles.support.files import json_text
+from thoughtbubbles.support.machine import describe_machine
 
 VARIANTS = ("ours, cached", "threshold, cached", "dense, cached", "GPT-NeoX, cached", "ours, recomputed")
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from clock import worked
 from memory import peak_bytes
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
-from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.reference import reference_forward
+from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
+from thoughtbubbles.model.reference import reference_forward
+from thoughtbubbles.support.machine import describe_machine
 
 MOST_TIME, MOST_MEMORY = 1.05, 1.3
 """What a step may take beyond its decoding, and of memory, in times the residual merge's."""

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from thoughtbubbles.data.splitting import spread
-from thoughtbubbles.files import json_text
-from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.data.feed.rundata import collate_blocks, load_run_data
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.files import json_text
+from thoughtbubbles.support.machine import describe_machine
+from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training.folder import METRICS_NAME
-from thoughtbubbles.training.recipe import load_recipe
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
-from thoughtbubbles.training.rundata import collate_blocks, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer
 
 RECIPE = """

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.attention import rotary_angles
-from thoughtbubbles.controls import ROUTERS
-from thoughtbubbles.gate import ForkGate, pack_left
-from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
-from thoughtbubbles.routing import width_after_routing
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.attention import rotary_angles
+from thoughtbubbles.model.controls import ROUTERS
+from thoughtbubbles.model.gate import ForkGate, pack_left
+from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
+from thoughtbubbles.model.routing import width_after_routing
+from thoughtbubbles.model.streams import Streams
 
 ROUNDS = 3
 OURS = ("gate", "routing", "gather", "merge")

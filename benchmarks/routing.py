@@ -22,15 +22,15 @@ from torch import Tensor
 from clock import now
 from memory import peak_bytes
 from thoughtbubbles import ThoughtbubblesConfig
-from thoughtbubbles.attention import attenuated_attention, rotary_angles
-from thoughtbubbles.budget import parse_budget
-from thoughtbubbles.controls import ROUTERS
-from thoughtbubbles.files import json_text
-from thoughtbubbles.gate import pack_left
-from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.modeling import ThoughtbubblesBlock
-from thoughtbubbles.streams import Streams
-from thoughtbubbles.threshold import route_threshold, share_admitted
+from thoughtbubbles.model.attention import attenuated_attention, rotary_angles
+from thoughtbubbles.model.budget import parse_budget
+from thoughtbubbles.model.controls import ROUTERS
+from thoughtbubbles.model.gate import pack_left
+from thoughtbubbles.model.modeling import ThoughtbubblesBlock
+from thoughtbubbles.model.streams import Streams
+from thoughtbubbles.model.threshold import route_threshold, share_admitted
+from thoughtbubbles.support.files import json_text
+from thoughtbubbles.support.machine import describe_machine
 
 
 def main() -> None:

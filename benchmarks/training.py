@@ -21,12 +21,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from clock import now
 from parts import part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.accounting import dense_twin, layer_widths, training_flops
-from thoughtbubbles.attention import rotary_angles
-from thoughtbubbles.files import json_text
-from thoughtbubbles.loss import chunked_next_token_loss, next_token_targets
-from thoughtbubbles.machine import describe_machine, keep_freed_memory
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.accounting import dense_twin, layer_widths, training_flops
+from thoughtbubbles.model.attention import rotary_angles
+from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
+from thoughtbubbles.model.streams import Streams
+from thoughtbubbles.support.files import json_text
+from thoughtbubbles.support.machine import describe_machine, keep_freed_memory
 from thoughtbubbles.training.meter import peak_memory
 
 

@@ -15,17 +15,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from thoughtbubbles.comparison.statistics import Estimate, paired_difference
 from thoughtbubbles.data import load_prepared, prepare
-from thoughtbubbles.data.splitting import spread
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
 from thoughtbubbles.evaluation.perplexity import token_losses
-from thoughtbubbles.files import write_text
 from thoughtbubbles.inspection.bubbles import bubble_sizes
-from thoughtbubbles.inspection.plots import plot_bubbles, plot_losses
-from thoughtbubbles.loading import load_model, load_tokenizer
-from thoughtbubbles.text import token_pieces
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.model.loading import load_model, load_tokenizer
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.files import write_text
+from thoughtbubbles.support.plots import plot_bubbles, plot_losses
+from thoughtbubbles.support.sampling import spread
+from thoughtbubbles.support.statistics import Estimate, paired_difference
+from thoughtbubbles.support.text import token_pieces
 from thoughtbubbles.training.run import RunSummary, train
 
 RECIPES = {"dense": Path("recipes/demo-dense.yaml"), "Thoughtbubbles": Path("recipes/demo.yaml")}

@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "scripts", "")]
 from gpu_parts.cases import REFERENCES_NAME, TOY, all_cases, make_reference, name_of, write_references  # noqa: E402
 from gpu_parts.kit import DATA_NAME, KIT_NAME, checksum, pack_file, read_kit  # noqa: E402
 from thoughtbubbles.data import prepare  # noqa: E402
-from thoughtbubbles.files import write_text  # noqa: E402
-from thoughtbubbles.machine import describe_machine  # noqa: E402
+from thoughtbubbles.support.files import write_text  # noqa: E402
+from thoughtbubbles.support.machine import describe_machine  # noqa: E402
 
 MOST_BYTES = 40 << 20
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thoughtbubbles.data import load_prepared
-from thoughtbubbles.data.splitting import spread
-from thoughtbubbles.files import json_text
-from thoughtbubbles.loading import load_model
-from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.model.streams import Streams
+from thoughtbubbles.support.files import json_text
+from thoughtbubbles.support.machine import describe_machine
+from thoughtbubbles.support.sampling import spread
 
 
 def main() -> None:

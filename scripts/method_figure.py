@@ -22,8 +22,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from thoughtbubbles import BubbleTrace, ThoughtbubblesConfig, ThoughtbubblesForCausalLM, trace_bubbles
-from thoughtbubbles.inspection.plots import LINE_COLOURS, save_figure
 from thoughtbubbles.inspection.trace import Lifetime, family_order
+from thoughtbubbles.support.plots import LINE_COLOURS, save_figure
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "method.png"
 WORDS = ["The", "old", "man", "walked", "to", "the", "harbour"]

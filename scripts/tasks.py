@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from thoughtbubbles.comparison.pages import markdown_table
-from thoughtbubbles.comparison.statistics import Estimate, paired_difference
 from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.data.procedural import TASKS, make_task
 from thoughtbubbles.data.procedural.making import FACTS_NAME
 from thoughtbubbles.evaluation.answering import read_questions
 from thoughtbubbles.evaluation.exact_match import ANSWERS_NAME, measure_exact_match
-from thoughtbubbles.files import write_text
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.files import write_text
+from thoughtbubbles.support.statistics import Estimate, paired_difference
 from thoughtbubbles.training.run import RunSummary, train
 
 BUDGETS = ["1", "1.5", "2"]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.gate import ForkGate
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.reference import ReferenceFork, reference_forward, route
-from thoughtbubbles.streams import Streams
-from thoughtbubbles.threshold import ScoreHistogram
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.gate import ForkGate
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.reference import ReferenceFork, reference_forward, route
+from thoughtbubbles.model.streams import Streams
+from thoughtbubbles.model.threshold import ScoreHistogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCAB = 19

@@ -9,7 +9,7 @@ import torch.distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from thoughtbubbles.data import PreparedData, load_prepared, prepare
-from thoughtbubbles.training.recipe import Recipe, load_recipe
+from thoughtbubbles.recipes.training import Recipe, load_recipe
 from thoughtbubbles.training.run import train
 
 BLOCK = 16

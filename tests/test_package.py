@@ -93,7 +93,7 @@ def test_every_module_imports_with_base_dependencies_alone() -> None:
         """,
         json.dumps(modules_of_extras()),
     )
-    assert {"thoughtbubbles.modeling", "thoughtbubbles.reference"} <= set(imported.split())
+    assert {"thoughtbubbles.model.modeling", "thoughtbubbles.model.reference"} <= set(imported.split())
 
 
 @pytest.mark.parametrize("order", ["thoughtbubbles, transformers", "transformers, thoughtbubbles"])

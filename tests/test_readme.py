@@ -17,18 +17,19 @@ import torch
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
+from tests.model.test_conversion import released_state_dict
 from tests.run_fixtures import sentences
-from tests.test_conversion import released_state_dict
-from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, accounting
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
-from thoughtbubbles.comparison.recipe import load_comparison
-from thoughtbubbles.configuration import PRESETS
 from thoughtbubbles.data import load_preparation
-from thoughtbubbles.data.corpora import resolve_source
 from thoughtbubbles.data.procedural import TASKS, word_tokenizer
+from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
-from thoughtbubbles.training.callbacks import read_metrics
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.model import accounting
+from thoughtbubbles.model.configuration import PRESETS
+from thoughtbubbles.recipes.comparison import load_comparison
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -305,7 +306,7 @@ SHORT = {"training": {"steps": 3, "eval_every": 2}, "data": {"eval_blocks": 2, "
 
 class FewSteps(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "thoughtbubbles.training.recipe":
+        if name != "thoughtbubbles.recipes.training":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

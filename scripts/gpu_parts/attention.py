@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpu_parts.driver import Item, Setting, run_part
 from gpu_parts.facts import seconds_of
-from thoughtbubbles.attention import attenuate
-from thoughtbubbles.blocked_attention import blocked_attention
+from thoughtbubbles.model.attention import attenuate
+from thoughtbubbles.model.blocked_attention import blocked_attention
 
 HEADS = (64, 80, 128)
 LENGTHS = (2048, 1024, 4096, 8192)

@@ -18,9 +18,10 @@ import torch
 from tests.helpers import Case, all_pairs, padding_mask, set_thresholds
 from torch import Tensor
 
-from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, reference
-from thoughtbubbles.files import replacing
-from thoughtbubbles.reference import ReferenceFork, reference_forward
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles.model import reference
+from thoughtbubbles.model.reference import ReferenceFork, reference_forward
+from thoughtbubbles.support.files import replacing
 
 ROWS, LENGTH, VOCAB = 3, 21, 61
 IGNORED = -100

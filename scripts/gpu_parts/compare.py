@@ -21,9 +21,9 @@ from gpu_parts.driver import Item, Setting, run_part
 from gpu_parts.kit import DATA_NAME, unpack_folder
 from gpu_parts.report import Report
 from thoughtbubbles.comparison.measuring import MEASUREMENTS_NAME
-from thoughtbubbles.files import replacing, write_text
+from thoughtbubbles.recipes.training import read_sections
+from thoughtbubbles.support.files import replacing, write_text
 from thoughtbubbles.training.folder import RUN_NAME
-from thoughtbubbles.training.recipe import read_sections
 from thoughtbubbles.training.run import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def measured(folder: Path, variant: str, seed: str) -> Iterator[Path]:
 
 def take_over(done: Path, runs: Path, data: Path) -> None:
     """Put the small files of finished runs on the same data where a comparison looks for them."""
-    from thoughtbubbles.data.prepared import load_prepared
+    from thoughtbubbles.data.preparation.prepared import load_prepared
 
     identity = load_prepared(data).manifest.content
     for path in sorted(done.glob(f"*/*/{RUN_NAME}")):
@@ -147,7 +147,7 @@ def train(command: list[str], seconds: float) -> None:
 
 def keep_smallest(folder: Path, target: Path) -> None:
     """The trained model of fewest parameters, in bfloat16, small enough to be carried away."""
-    from thoughtbubbles.loading import load_model
+    from thoughtbubbles.model.loading import load_model
 
     runs = [path.parent for path in measured(folder, "*", "*") if (path.parent / "model").is_dir()]
     if runs and not target.exists():

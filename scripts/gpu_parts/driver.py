@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpu_parts.report import Report
-from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.support.machine import describe_machine
 
 FAULTS = "faults"
 """Key of an item's figures that lists what is not as it should be."""

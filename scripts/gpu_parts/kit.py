@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts.cases import REFERENCES_NAME
-from thoughtbubbles.files import replacing
+from thoughtbubbles.support.files import replacing
 
 KIT_NAME = "kit.json"
 DATA_NAME = "data"

@@ -35,7 +35,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON, whole or not at all."""
-        from thoughtbubbles.files import write_text
+        from thoughtbubbles.support.files import write_text
 
         write_text(path, json.dumps(vars(self), indent=1) + "\n")
 

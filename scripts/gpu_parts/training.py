@@ -23,9 +23,9 @@ from gpu_parts.facts import seconds_of
 from gpu_parts.report import Report
 from parts import OURS, part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles import loss as loss_module
-from thoughtbubbles.accounting import activation_bytes, layer_widths, state_bytes, training_flops
-from thoughtbubbles.loss import chunked_next_token_loss
+from thoughtbubbles.model import loss as loss_module
+from thoughtbubbles.model.accounting import activation_bytes, layer_widths, state_bytes, training_flops
+from thoughtbubbles.model.loss import chunked_next_token_loss
 from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.meter import peak_memory
 from training import LossAlone, SamePositions
@@ -113,7 +113,7 @@ class Bench:
         return {**found, "off": off}
 
     def loss(self, shape: str) -> dict[str, Any]:
-        """Seconds of the loss, forward and backward, by how many rows of logits it holds at a time; and at odd widths."""
+        """Seconds of the loss, forward and backward, by how many rows of logits it holds; and at odd widths."""
         config = self.config(shape, "none", "1")
         count = 64 if self.rehearse else 1 << 14
         hidden = torch.randn(1, count, config.hidden_size, device=self.device).requires_grad_()

@@ -9,15 +9,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from thoughtbubbles.configuration import ThoughtbubblesConfig
-    from thoughtbubbles.conversion import convert_released_state_dict
-    from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles
-    from thoughtbubbles.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
-    from thoughtbubbles.streams import Streams
-    from thoughtbubbles.threshold import update_thresholds
+from thoughtbubbles.support.version import VERSION
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles
+    from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+    from thoughtbubbles.model.conversion import convert_released_state_dict
+    from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
+    from thoughtbubbles.model.streams import Streams
+    from thoughtbubbles.model.threshold import update_thresholds
+
+__version__ = VERSION
 __all__ = [
     "BubbleTrace",
     "Streams",
@@ -32,13 +34,13 @@ __all__ = [
 
 _HOMES = {
     "BubbleTrace": "inspection.trace",
-    "Streams": "streams",
-    "ThoughtbubblesConfig": "configuration",
-    "ThoughtbubblesForCausalLM": "modeling",
-    "ThoughtbubblesModel": "modeling",
-    "convert_released_state_dict": "conversion",
+    "Streams": "model.streams",
+    "ThoughtbubblesConfig": "model.configuration",
+    "ThoughtbubblesForCausalLM": "model.modeling",
+    "ThoughtbubblesModel": "model.modeling",
+    "convert_released_state_dict": "model.conversion",
     "trace_bubbles": "inspection.trace",
-    "update_thresholds": "threshold",
+    "update_thresholds": "model.threshold",
 }
 
 
@@ -56,4 +58,4 @@ def _is_the_command() -> bool:
 
 
 if not _is_the_command():
-    import_module(f"{__name__}.modeling")
+    import_module(f"{__name__}.model.modeling")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from thoughtbubbles.errors import InputError, RunError, ending
-from thoughtbubbles.files import json_text, user_path
+from thoughtbubbles.support.errors import InputError, RunError, ending
+from thoughtbubbles.support.files import json_text, user_path
 
 # What the command line itself may get wrong; typer names only its last kind.
 UsageError: Any = typer.BadParameter.__base__
@@ -183,7 +183,7 @@ def make_task(
     """
     from thoughtbubbles.data.procedural import TASKS
     from thoughtbubbles.data.procedural import make_task as make
-    from thoughtbubbles.options import check_known
+    from thoughtbubbles.recipes.values import check_known
 
     check_known(task, list(TASKS), "task", InputError)
     made = make(TASKS[task], output, examples, max_difficulty, test_examples, seed, progress=not quiet)
@@ -201,7 +201,7 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 
 def _help_recipe(asked: bool) -> None:
     if asked:
-        from thoughtbubbles.training.recipe import describe_recipe
+        from thoughtbubbles.recipes.training import describe_recipe
 
         typer.echo(describe_recipe())
         raise typer.Exit
@@ -209,7 +209,7 @@ def _help_recipe(asked: bool) -> None:
 
 def _help_comparison(asked: bool) -> None:
     if asked:
-        from thoughtbubbles.comparison.recipe import describe_comparison
+        from thoughtbubbles.recipes.comparison import describe_comparison
 
         typer.echo(describe_comparison())
         raise typer.Exit
@@ -236,8 +236,8 @@ def train(
     newest sound checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save and stop; a second Ctrl-C stops at once.
     """
     from thoughtbubbles.evaluation.during_training import task_scores
-    from thoughtbubbles.machine import keep_freed_memory
-    from thoughtbubbles.training.recipe import load_recipe
+    from thoughtbubbles.recipes.training import load_recipe
+    from thoughtbubbles.support.machine import keep_freed_memory
     from thoughtbubbles.training.run import train as run_training
 
     keep_freed_memory()
@@ -295,9 +295,9 @@ def compare(
     from thoughtbubbles.comparison.compare import carry_out, look
     from thoughtbubbles.comparison.control import control_lines
     from thoughtbubbles.comparison.pages import write_report
-    from thoughtbubbles.comparison.recipe import load_comparison
     from thoughtbubbles.comparison.results import build_report
     from thoughtbubbles.comparison.runs import RunPlanner
+    from thoughtbubbles.recipes.comparison import load_comparison
 
     planner = RunPlanner(load_comparison(recipe, overrides or ()), verify)
     if dry_run:
@@ -349,10 +349,10 @@ def perplexity(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model's perplexity on validation blocks, per token, byte and word."""
-    from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.evaluation.perplexity import TextSize, check_options, evaluate_perplexity
-    from thoughtbubbles.loading import load_model
-    from thoughtbubbles.progress import stage
+    from thoughtbubbles.model.budget import parse_budget
+    from thoughtbubbles.model.loading import load_model
+    from thoughtbubbles.support.progress import stage
 
     with _bad_input():
         check_options(mode or "blockwise", budget_rule)
@@ -402,12 +402,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
-    from thoughtbubbles.budget import parse_budget
     from thoughtbubbles.evaluation.generation import Sampling, generate_text
     from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
-    from thoughtbubbles.loading import load_model, load_tokenizer
-    from thoughtbubbles.options import check_seed
-    from thoughtbubbles.text import token_pieces
+    from thoughtbubbles.model.budget import parse_budget
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
+    from thoughtbubbles.recipes.values import check_seed
+    from thoughtbubbles.support.text import token_pieces
 
     check_seed("--seed", seed, InputError)
     with _bad_input():
@@ -492,7 +492,7 @@ def evaluate(
     typer.echo(write_report(folder, other))
     rows = rows_of(folder)
     if len({row.budget for row in rows}) > 1:
-        from thoughtbubbles.inspection.plots import plot_scores
+        from thoughtbubbles.support.plots import plot_scores
 
         plot_scores(panels_of(rows), output / PLOT_NAME, _title(model))
 
@@ -526,7 +526,7 @@ def exact_match(
     from thoughtbubbles.evaluation.answering import read_questions
     from thoughtbubbles.evaluation.evaluate import parse_budgets
     from thoughtbubbles.evaluation.exact_match import MARKS, PLOT_NAME, lines_of, measure_exact_match
-    from thoughtbubbles.folders import filling, output_folder
+    from thoughtbubbles.support.folders import filling, output_folder
 
     budgets = None if budget is None else parse_budgets(budget)
     with nullcontext() if output is None else output_folder(output, MARKS):
@@ -534,7 +534,7 @@ def exact_match(
         found = measure_exact_match(model, questions, str(rows), budgets, batch_size, progress=not as_json)
         typer.echo(json_text(found.to_dict(), indent=2) if as_json else found.table())
         if output is not None:
-            from thoughtbubbles.inspection.plots import plot_scores
+            from thoughtbubbles.support.plots import plot_scores
 
             with filling(output) as files:
                 written = [*found.write(files), files / PLOT_NAME]
@@ -574,7 +574,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """See where a model thinks: in one text, or on average over a corpus."""
-    from thoughtbubbles.budget import parse_budget
+    from thoughtbubbles.model.budget import parse_budget
 
     if (text is None) == (data is None):
         raise InputError("--text, --data: expected exactly one of them")
@@ -585,8 +585,8 @@ def inspect(
     _check_text("--text", text or "")
     with _bad_input():
         parse_budget(budget or 1)
-    from thoughtbubbles.folders import output_folder
     from thoughtbubbles.inspection.report import MARKS
+    from thoughtbubbles.support.folders import output_folder
 
     with _bad_input(), nullcontext() if output is None else output_folder(output, MARKS):
         if text is not None:
@@ -599,8 +599,8 @@ def _inspect_text(
     model: str, text: str, budget: str | None, token: int | None, output: Path | None, as_json: bool
 ) -> None:
     from thoughtbubbles.inspection.report import inspect_text, show_report, write_report
-    from thoughtbubbles.loading import load_model, load_tokenizer
-    from thoughtbubbles.progress import stage
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
+    from thoughtbubbles.support.progress import stage
 
     tokenizer, loaded = load_tokenizer(model), load_model(model)
     with stage("deleting bubbles", None, enabled=not as_json) as bar:
@@ -626,17 +626,17 @@ def _inspect_data(
     as_json: bool,
 ) -> None:
     from thoughtbubbles.data import load_prepared
-    from thoughtbubbles.data.splitting import spread
     from thoughtbubbles.inspection.report import (
         WORD_BLOCKS,
         check_reference,
         show_statistics,
         write_statistics,
     )
-    from thoughtbubbles.inspection.statistics import gather_statistics
+    from thoughtbubbles.inspection.survey import gather_statistics
     from thoughtbubbles.inspection.words import count_words
-    from thoughtbubbles.loading import check_start, check_tokenizer, load_model
-    from thoughtbubbles.progress import stage
+    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_model
+    from thoughtbubbles.support.progress import stage
+    from thoughtbubbles.support.sampling import spread
 
     prepared = load_prepared(data)
     loaded = load_model(model)
@@ -682,7 +682,7 @@ def demo(
     """
     from thoughtbubbles.app.exhibit import Exhibit
     from thoughtbubbles.app.page import serve
-    from thoughtbubbles.loading import load_model, load_tokenizer
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
 
     names = [model] if other is None else [model, other]
     server = serve([Exhibit(name, load_model(name), load_tokenizer(name)) for name in names], port)
@@ -751,8 +751,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Work out what a model will cost: parameters, operations, memory and time, beside the dense model's."""
-    from thoughtbubbles.plan_table import show_plan
-    from thoughtbubbles.planning import make_plan
+    from thoughtbubbles.planning.plan import make_plan
+    from thoughtbubbles.planning.table import show_plan
 
     made = make_plan(
         config,
@@ -790,7 +790,7 @@ def _standard_input() -> str:
 
 def _prompts(prompt: str | None, file: Path | None, text_field: str, interactive: bool) -> Iterator[str]:
     """The prompts of a call: one, as many as a user types, or each document of a file."""
-    from thoughtbubbles.data.reading import read_texts
+    from thoughtbubbles.data.sources.reading import read_texts
 
     if sum((prompt is not None, file is not None, interactive)) > 1:
         raise InputError("--prompt, --file, --interactive: expected at most one of them")
@@ -829,9 +829,9 @@ def _validation_blocks(
 ) -> "tuple[Tensor, PreTrainedTokenizerBase]":
     """`count` blocks [n, T] of prepared data or of a file, evenly spaced, and the tokenizer that made them."""
     from thoughtbubbles.data import load_prepared
-    from thoughtbubbles.data.splitting import spread
     from thoughtbubbles.evaluation.perplexity import read_blocks
-    from thoughtbubbles.loading import check_start, check_tokenizer, load_config, load_tokenizer
+    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_config, load_tokenizer
+    from thoughtbubbles.support.sampling import spread
 
     if data.is_file():
         config, own = load_config(model), load_tokenizer(model)

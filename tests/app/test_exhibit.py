@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from tests.cli.test_commands import fail
 from tests.helpers import random_ids, tiny_model
 from tests.inspection.test_trace import Letters
-from tests.test_cli import fail
 from thoughtbubbles import BubbleTrace, trace_bubbles
 from thoughtbubbles.app.exhibit import MOST_CHARACTERS, Exhibit
 from thoughtbubbles.app.page import _budgets
@@ -24,7 +24,7 @@ from thoughtbubbles.app.render import (
     render_tree,
 )
 from thoughtbubbles.inspection.trace import to_ids
-from thoughtbubbles.loading import load_model, load_tokenizer
+from thoughtbubbles.model.loading import load_model, load_tokenizer
 
 
 def exhibit(**rules: object) -> Exhibit:

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_commands import fail
 from tests.run_fixtures import RECIPE
-from tests.test_cli import fail
 from thoughtbubbles.app.exhibit import Exhibit, Growth
 from thoughtbubbles.app.page import EXAMPLES
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.loading import load_model, load_tokenizer
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.model.loading import load_model, load_tokenizer
+from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.training.run import train
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'thoughtbubbles[demo]'")

@@ -6,9 +6,9 @@ import pytest
 
 from tests.run_fixtures import RECIPE
 from thoughtbubbles.comparison.measuring import measure
-from thoughtbubbles.comparison.recipe import Comparison, load_comparison
 from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.recipes.comparison import Comparison, load_comparison
 from thoughtbubbles.training.run import train
 
 SETTINGS = """

@@ -20,9 +20,9 @@ from thoughtbubbles.comparison.pages import write_report
 from thoughtbubbles.comparison.results import build_report
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError, RunError
-from thoughtbubbles.files import sole_user
-from thoughtbubbles.training.recipe import RecipeError
+from thoughtbubbles.recipes.training import RecipeError
+from thoughtbubbles.support.errors import InputError, RunError
+from thoughtbubbles.support.files import sole_user
 from thoughtbubbles.training.run import train
 
 

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tests.comparison.conftest import tiny_comparison
-from thoughtbubbles.accounting import count_parameters, training_flops
 from thoughtbubbles.comparison.compare import Tuned, look
 from thoughtbubbles.comparison.control import Trial, control_lines, rate_caveat
 from thoughtbubbles.comparison.measuring import measure
 from thoughtbubbles.comparison.pages import markdown, status
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
-from thoughtbubbles.comparison.statistics import Estimate, paired_difference
 from thoughtbubbles.comparison.tables import prices_table
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.training.recipe import RecipeError
+from thoughtbubbles.model.accounting import count_parameters, training_flops
+from thoughtbubbles.recipes.training import RecipeError
+from thoughtbubbles.support.statistics import Estimate, paired_difference
 from thoughtbubbles.training.run import train
 
 BETTER, WORSE, UNSURE = (-0.05, -0.02), (0.02, 0.05), (-0.03, 0.01)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inspection.test_plots import check_layout
-from thoughtbubbles.accounting import cache_bytes, decoding_flops, training_flops
+from tests.support.test_plots import check_layout
 from thoughtbubbles.comparison.compare import Tuned, look
 from thoughtbubbles.comparison.figures import (
     colours,
@@ -25,10 +24,11 @@ from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.pages import markdown, markdown_table, page, write_report
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
-from thoughtbubbles.comparison.statistics import Estimate, interval
 from thoughtbubbles.comparison.tables import cost_table, dial_table, quality_table, tuning_table, verdict
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity, token_losses
-from thoughtbubbles.loading import load_model
+from thoughtbubbles.model.accounting import cache_bytes, decoding_flops, training_flops
+from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.support.statistics import Estimate, interval
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 
 from tests.comparison.conftest import tiny_comparison
 from tests.run_fixtures import BLOCK
-from thoughtbubbles.accounting import tokens_at_equal_flops, training_flops
 from thoughtbubbles.comparison.runs import Run, RunPlanner
-from thoughtbubbles.comparison.variants import SHIPPED
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.training.recipe import RecipeError
+from thoughtbubbles.model.accounting import tokens_at_equal_flops, training_flops
+from thoughtbubbles.recipes.training import RecipeError
+from thoughtbubbles.recipes.variants import SHIPPED
 
 ALL = "{dense: , " + ", ".join(f"{name}: " for name in SHIPPED if name != "dense") + "}"
 

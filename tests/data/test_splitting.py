@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thoughtbubbles.data import DataError
-from thoughtbubbles.data.splitting import Digests, draw, hold_out, shuffled, split_documents
+from thoughtbubbles.data.splitting import Digests, hold_out, shuffled, split_documents
+from thoughtbubbles.support.sampling import draw
 
 
 def digests(values: Sequence[int]) -> Digests:

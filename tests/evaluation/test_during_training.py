@@ -10,12 +10,12 @@ from tests.evaluation.benchmark_files import problems, write_benchmarks, write_r
 from tests.evaluation.test_harness import wrap
 from tests.training.test_run import Kill, comparable
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from thoughtbubbles.evaluation.during_training import task_scores
 from thoughtbubbles.evaluation.scoring import run_task
-from thoughtbubbles.loading import load_model
-from thoughtbubbles.training.recipe import Recipe, RecipeError, load_recipe
+from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.recipes.training import Recipe, RecipeError, load_recipe
+from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.training.run import train
 
 RECIPE = """

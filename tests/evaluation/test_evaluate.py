@@ -17,20 +17,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.cli.test_commands import fail
 from tests.evaluation.benchmark_files import captions, goals, lines, sentence_pairs, write_benchmarks, write_rows
 from tests.evaluation.test_harness import make_model, wrap
 from tests.helpers import tiny_config
-from tests.test_cli import fail
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.budget import budget_text
 from thoughtbubbles.cli import app
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation import evaluate as module
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS, load_benchmark, parse_tasks
 from thoughtbubbles.evaluation.evaluate import Options, evaluate
 from thoughtbubbles.evaluation.report import Row, comparison_table, panels_of, rows_of, table_of, write_report
 from thoughtbubbles.evaluation.scoring import run_task
+from thoughtbubbles.model.budget import budget_text
+from thoughtbubbles.support.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING = ",".join(BENCHMARKS)

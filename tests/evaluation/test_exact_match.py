@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
+from tests.cli.test_commands import fail, run
 from tests.helpers import random_model
-from tests.inspection.test_plots import legend_of
-from tests.test_cli import fail, run
+from tests.support.test_plots import legend_of
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
+from thoughtbubbles.data.feed.rundata import collate_examples
+from thoughtbubbles.data.feed.sft import Example
 from thoughtbubbles.data.procedural import TASKS, word_tokenizer
-from thoughtbubbles.data.sft import Example
 from thoughtbubbles.data.tokenizer import save_tokenizer
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.answering import Batch, Question, answer_questions, make_batches, read_questions
 from thoughtbubbles.evaluation.exact_match import measure_exact_match
-from thoughtbubbles.inspection import plots
-from thoughtbubbles.training.recipe import load_recipe
-from thoughtbubbles.training.rundata import collate_examples
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support import plots
+from thoughtbubbles.support.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "tasks").glob("*.yaml"))
 TOKENIZER = word_tokenizer(TASKS["arithmetic"].words)

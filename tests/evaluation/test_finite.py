@@ -12,16 +12,16 @@ import torch
 from tests.evaluation.benchmark_files import write_benchmarks
 from tests.evaluation.test_harness import make_model, wrap
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError, RunError
 from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
 from thoughtbubbles.evaluation.benchmarks import parse_tasks
 from thoughtbubbles.evaluation.evaluate import Options, evaluate
 from thoughtbubbles.evaluation.generation import generate_text
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
 from thoughtbubbles.evaluation.protocols import last_words
-from thoughtbubbles.loading import load_model, load_tokenizer
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.model.loading import load_model, load_tokenizer
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.errors import InputError, RunError
 from thoughtbubbles.training.run import train
 
 NOT_FINITE = "numbers of the model are not finite"

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.evaluation.generation import Sampling, generate_text
 from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
-from thoughtbubbles.loading import load_model, load_tokenizer
-from thoughtbubbles.text import RECORD
+from thoughtbubbles.model.loading import load_model, load_tokenizer
+from thoughtbubbles.support.text import RECORD
 
 GREEDY = Sampling(temperature=0)
 

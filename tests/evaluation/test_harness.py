@@ -16,9 +16,9 @@ from tests.evaluation.benchmark_files import lines, write_benchmarks
 from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation import harness
 from thoughtbubbles.evaluation.harness import adapter, cut_left
+from thoughtbubbles.support.errors import InputError
 
 ROUTINGS = ("causal", "topk", "none", "copy")
 

@@ -13,8 +13,8 @@ from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import _describe
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks, token_losses
+from thoughtbubbles.support.errors import InputError
 
 
 def model(routing: str, budget: float = 1.5) -> ThoughtbubblesForCausalLM:

@@ -21,8 +21,6 @@ from tests.evaluation.benchmark_files import (
     write_rows,
 )
 from tests.helpers import SHARED
-from thoughtbubbles.data.splitting import spread
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import (
     BENCHMARKS,
     LOCAL_TASKS,
@@ -32,6 +30,8 @@ from thoughtbubbles.evaluation.benchmarks import (
     parse_tasks,
 )
 from thoughtbubbles.evaluation.localdata import wikitext_pages
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.sampling import spread
 
 # Rows as the hub's HellaSwag has them: captions, whose second half starts small, and how-to articles with marks.
 CAPTIONS = [

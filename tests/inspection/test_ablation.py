@@ -9,7 +9,7 @@ from tests.helpers import Case, case_id, random_ids, survivors_of, tiny_model
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.inspection.ablation import ablate, given_survivors, logits_without, survivors_without
 from thoughtbubbles.inspection.trace import predictions
-from thoughtbubbles.reference import ReferenceFork, reference_forward
+from thoughtbubbles.model.reference import ReferenceFork, reference_forward
 
 CASES: list[Case] = [
     {"routing": "causal", "budget": 2},

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tests.helpers import random_ids, tiny_model
-from tests.inspection.test_plots import check_layout, legend_of
 from tests.inspection.test_trace import Letters
+from tests.support.test_plots import check_layout, legend_of
 from thoughtbubbles import BubbleTrace, trace_bubbles
 from thoughtbubbles.inspection import figures
 from thoughtbubbles.inspection.ablation import Ablation, ablate
-from thoughtbubbles.inspection.curves import Curve
-from thoughtbubbles.inspection.statistics import CorpusStatistics, gather_statistics
+from thoughtbubbles.inspection.survey import CorpusStatistics, gather_statistics
 from thoughtbubbles.inspection.trace import family_order
+from thoughtbubbles.support.statistics import Curve
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.cli.test_commands import fail, run
 from tests.run_fixtures import RECIPE
-from tests.test_cli import fail, run
 from thoughtbubbles import BubbleTrace
 from thoughtbubbles.cli import app
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.inspection.bubbles import shade_bubbles
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.training.run import train
 
 TEXT = "the root of"

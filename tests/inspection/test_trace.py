@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import Case, case_id, random_ids, survivors_of, tiny_model
-from thoughtbubbles import BubbleTrace, ThoughtbubblesForCausalLM, reference, trace_bubbles
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.loading import load_model, load_tokenizer
-from thoughtbubbles.reference import ReferenceOutput, ReferenceStream, bubble_positions, reference_forward
+from thoughtbubbles import BubbleTrace, ThoughtbubblesForCausalLM, trace_bubbles
+from thoughtbubbles.model import reference
+from thoughtbubbles.model.loading import load_model, load_tokenizer
+from thoughtbubbles.model.reference import ReferenceOutput, ReferenceStream, bubble_positions, reference_forward
+from thoughtbubbles.support.errors import InputError
 
 CASES: list[Case] = [
     {"routing": "causal", "budget": 2, "attenuation": "paper"},

@@ -8,7 +8,8 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from tests.helpers import histograms, random_ids, tiny_model
-from thoughtbubbles.training.callbacks import ThresholdCallback, last_metrics, read_metrics, read_rows
+from thoughtbubbles.support.metrics import last_metrics, read_metrics, read_rows
+from thoughtbubbles.training.callbacks import ThresholdCallback
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

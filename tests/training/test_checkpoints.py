@@ -12,7 +12,7 @@ import pytest
 from tests.run_fixtures import tiny_recipe
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import RunError
+from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.training.checkpoints import Checkpoint, clear_leavings, newest_sound, prune, seal, sealed
 from thoughtbubbles.training.run import train
 

@@ -15,8 +15,8 @@ from tests.helpers import random_ids, tiny_model
 from tests.run_fixtures import tiny_recipe
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import trainer
-from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.run import train
 

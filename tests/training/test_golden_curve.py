@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from thoughtbubbles.training.callbacks import read_metrics
-from thoughtbubbles.training.recipe import load_recipe
+from thoughtbubbles.data.feed.rundata import RunData, Validation, collate_blocks
+from thoughtbubbles.recipes.training import load_recipe
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
-from thoughtbubbles.training.rundata import RunData, Validation, collate_blocks
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 VOCABULARY, BLOCK, BATCH, STEPS = 64, 24, 4, 100

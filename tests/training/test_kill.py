@@ -11,8 +11,8 @@ import pytest
 from tests.run_fixtures import tiny_recipe
 from tests.training.test_run import comparable
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.training.checkpoints import PREFIX
-from thoughtbubbles.training.recipe import Recipe
 from thoughtbubbles.training.run import RunSummary, train
 
 OVERRIDES = ("training.save_every=1", "training.eval_every=2", "training.steps=30", "training.log_every=3")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.training.recipe import Recipe, parse_recipe
+from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.recipes.training import Recipe, parse_recipe
+from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.training.run import build_config, build_model, train
-from thoughtbubbles.training.rundata import load_run_data
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from tests.run_fixtures import tiny_recipe
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.recipes.training import SHARDINGS
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import PREFIX
-from thoughtbubbles.training.recipe import SHARDINGS
 from thoughtbubbles.training.run import RunSummary, train
 from thoughtbubbles.training.states import is_sharded
 

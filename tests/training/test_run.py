@@ -13,24 +13,24 @@ from transformers import TrainerCallback, set_seed
 
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles import controls as controls_module
-from thoughtbubbles.accounting import training_flops
-from thoughtbubbles.configuration import ROUTINGS
 from thoughtbubbles.data import DataError, PreparedData, prepare
-from thoughtbubbles.data.mixture import Place
+from thoughtbubbles.data.feed import rundata as rundata_module
+from thoughtbubbles.data.feed.mixture import Place
+from thoughtbubbles.data.feed.rundata import collate_blocks, load_run_data
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
-from thoughtbubbles.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
-from thoughtbubbles.files import sole_user
-from thoughtbubbles.loading import load_model
+from thoughtbubbles.model import controls as controls_module
+from thoughtbubbles.model.accounting import training_flops
+from thoughtbubbles.model.configuration import ROUTINGS
+from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.recipes.training import DataSection, Recipe, RecipeError
+from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
+from thoughtbubbles.support.files import sole_user
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import run as run_module
-from thoughtbubbles.training import rundata as rundata_module
-from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, sealed
 from thoughtbubbles.training.meter import budget_of_step
-from thoughtbubbles.training.recipe import DataSection, Recipe, RecipeError
 from thoughtbubbles.training.run import RunSummary, build_arguments, build_config, build_model, build_trainer, train
-from thoughtbubbles.training.rundata import collate_blocks, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer
 
 MEASURED = ("tokens_per_second", "peak_memory")

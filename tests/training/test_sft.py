@@ -12,16 +12,16 @@ from tests.helpers import tiny_model
 from tests.tokenizer_kinds import byte_level
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.accounting import training_flops
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.data.sft import Example, Examples, Template, read_examples
+from thoughtbubbles.data.feed.rundata import RunData, collate_examples, load_run_data
+from thoughtbubbles.data.feed.sft import Example, Examples, Template, read_examples
 from thoughtbubbles.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.text import record_start
-from thoughtbubbles.training.callbacks import read_metrics
-from thoughtbubbles.training.recipe import Recipe, RecipeError, load_recipe
+from thoughtbubbles.model.accounting import training_flops
+from thoughtbubbles.recipes.training import Recipe, RecipeError, load_recipe
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.support.text import record_start
 from thoughtbubbles.training.run import RunSummary, build_config, build_model, train
-from thoughtbubbles.training.rundata import RunData, collate_examples, load_run_data
 
 RECIPE = """
 task: sft

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.helpers import tiny_model
 from tests.run_fixtures import PROCESSES
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.errors import RunError
+from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.training.sharding import check_sharding, divide
 
 pytestmark = pytest.mark.usefixtures("imagined_processes")

@@ -14,18 +14,18 @@ from tests.run_fixtures import tiny_recipe
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError, RunError
-from thoughtbubbles.planning import make_plan
+from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.planning.plan import make_plan
+from thoughtbubbles.recipes.training import Recipe, RecipeError
+from thoughtbubbles.support.errors import InputError, RunError
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import checkpoints, memory
 from thoughtbubbles.training import precision as precision_module
 from thoughtbubbles.training import run as run_module
-from thoughtbubbles.training.callbacks import read_metrics
 from thoughtbubbles.training.checkpoints import sealed
 from thoughtbubbles.training.folder import read_facts
 from thoughtbubbles.training.precision import choose_precision, has_bfloat16
-from thoughtbubbles.training.recipe import Recipe, RecipeError
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, train
-from thoughtbubbles.training.rundata import load_run_data
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HIDDEN = ("model.hidden_size=100000000", "model.num_attention_heads=50000000")

@@ -10,7 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from tests.helpers import random_ids, tiny_model
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.errors import RunError
+from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.training import states
 
 

@@ -15,14 +15,14 @@ from tests.run_fixtures import BLOCK, RECIPE, sentences
 from tests.training.test_processes import numbers, torchrun
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.errors import InputError, RunError
-from thoughtbubbles.planning import make_plan
-from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.data.feed.lanes import STREAM_NAME, StreamedBlocks
+from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.planning.plan import make_plan
+from thoughtbubbles.recipes.training import Recipe, RecipeError, StreamSection, load_recipe
+from thoughtbubbles.support.errors import InputError, RunError
+from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import damage, sealed
-from thoughtbubbles.training.recipe import Recipe, RecipeError, StreamSection, load_recipe
 from thoughtbubbles.training.run import RunSummary, train
-from thoughtbubbles.training.rundata import load_run_data
-from thoughtbubbles.training.streaming import STREAM_NAME, StreamedBlocks
 
 # Windows of 2 blocks for each of 4 lanes: a run goes through several.
 DATA = """

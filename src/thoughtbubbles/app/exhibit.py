@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.cache import StreamCache
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.inspection.ablation import logits_without
 from thoughtbubbles.inspection.trace import BubbleTrace, to_ids, trace_bubbles
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.text import document_ends, token_pieces
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.text import document_ends, token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from thoughtbubbles.app.render import (
     render_tree,
 )
 from thoughtbubbles.app.serving import PageServer
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.inspection.trace import BubbleTrace
+from thoughtbubbles.support.errors import InputError
 
 if TYPE_CHECKING:
     from gradio import Blocks

@@ -5,9 +5,9 @@ from html import escape
 
 import numpy as np
 
-from thoughtbubbles.budget import budget_text
-from thoughtbubbles.inspection.plots import visible_token
 from thoughtbubbles.inspection.trace import BubbleTrace, Lifetime, family_order
+from thoughtbubbles.model.budget import budget_text
+from thoughtbubbles.support.plots import visible_token
 
 UNIT = 5  # pixels that one stream is wide in a silhouette
 ROW = 6  # pixels that one block is high in it

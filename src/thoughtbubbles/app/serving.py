@@ -8,7 +8,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.app.shield import Shield
-from thoughtbubbles.errors import InputError, RunError
+from thoughtbubbles.support.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from gradio import Blocks

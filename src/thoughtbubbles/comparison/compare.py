@@ -7,13 +7,13 @@ from pathlib import Path
 
 from thoughtbubbles.comparison.display import display
 from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all
-from thoughtbubbles.comparison.recipe import Comparison
 from thoughtbubbles.comparison.runs import Run, RunPlanner
-from thoughtbubbles.errors import InputError, RunError, one_line
-from thoughtbubbles.files import LOCK_NAME, claimed
+from thoughtbubbles.data.feed.rundata import RunData
+from thoughtbubbles.recipes.comparison import Comparison
+from thoughtbubbles.support.errors import InputError, RunError, one_line
+from thoughtbubbles.support.files import LOCK_NAME, claimed
 from thoughtbubbles.training.folder import RECIPE_NAME, SUMMARY_NAME, check_same_run
 from thoughtbubbles.training.run import RunSummary
-from thoughtbubbles.training.rundata import RunData
 
 
 @dataclass(frozen=True)

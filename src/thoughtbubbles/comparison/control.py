@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thoughtbubbles.comparison.compare import Tuned
-from thoughtbubbles.comparison.statistics import Estimate, interval
-from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.support.statistics import Estimate, interval
 
 SEEDS = 3
 """With fewer, nothing is said of how much seeds differ that could be trusted."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from thoughtbubbles.comparison.runs import Run
-from thoughtbubbles.training.callbacks import last_metrics
+from thoughtbubbles.support.metrics import last_metrics
 from thoughtbubbles.training.folder import METRICS_NAME
 
 SECONDS_BETWEEN_LINES = 60.0

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 
-from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Point, Report, VariantResult
-from thoughtbubbles.configuration import LEARNED_ROUTINGS
-from thoughtbubbles.inspection.plots import LINE_COLOURS, axis_count, legend_outside, save_figure, set_title
+from thoughtbubbles.model.budget import budget_text, parse_budget
+from thoughtbubbles.model.configuration import LEARNED_ROUTINGS
+from thoughtbubbles.support.plots import LINE_COLOURS, axis_count, legend_outside, save_figure, set_title
 
 COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F", "#B2182B", "#7B3294", "#1B7837")
 STYLES = ("-", "--", ":", "-.")

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget, parse_budget
-from thoughtbubbles.comparison.recipe import EvaluationSection
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.data.splitting import spread
+from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.evaluation.perplexity import token_losses
-from thoughtbubbles.files import read_as, write_text
-from thoughtbubbles.loading import load_model
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.training.rundata import RunData
+from thoughtbubbles.model.budget import Budget, parse_budget
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.recipes.comparison import EvaluationSection
+from thoughtbubbles.support.files import read_as, write_text
+from thoughtbubbles.support.sampling import spread
 
 MEASUREMENTS_NAME = "measurements.json"
 

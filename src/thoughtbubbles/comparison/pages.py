@@ -10,8 +10,8 @@ from thoughtbubbles.comparison.control import control_lines
 from thoughtbubbles.comparison.figures import draw_figures
 from thoughtbubbles.comparison.results import Report
 from thoughtbubbles.comparison.tables import Table, tables
-from thoughtbubbles.errors import RunError, one_line
-from thoughtbubbles.files import json_text, write_text
+from thoughtbubbles.support.errors import RunError, one_line
+from thoughtbubbles.support.files import json_text, write_text
 
 STYLE = """
 :root { color-scheme: light dark; }

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from thoughtbubbles.comparison.display import Display
 from thoughtbubbles.comparison.measuring import Measurements, measure, measurement_settings
-from thoughtbubbles.comparison.recipe import EvaluationSection
 from thoughtbubbles.comparison.runs import Run
-from thoughtbubbles.errors import InputError, RunError, RunInterrupted, is_out_of_memory
-from thoughtbubbles.files import LOCK_NAME, sole_user, write_text
-from thoughtbubbles.machine import keep_freed_memory
+from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.recipes.comparison import EvaluationSection
+from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted, is_out_of_memory
+from thoughtbubbles.support.files import LOCK_NAME, sole_user, write_text
+from thoughtbubbles.support.machine import keep_freed_memory
 from thoughtbubbles.training.folder import SUMMARY_NAME, read_facts
 from thoughtbubbles.training.interruption import stop_on_signals
 from thoughtbubbles.training.run import train
-from thoughtbubbles.training.rundata import load_run_data
 from thoughtbubbles.training.trainer import DIVERGED_NAME
 
 POLL_SECONDS = 0.5

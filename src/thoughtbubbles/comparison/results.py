@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from thoughtbubbles.accounting import cache_bytes, decoding_flops, parameter_counts
-from thoughtbubbles.budget import budget_text
 from thoughtbubbles.comparison.compare import Progress, Tuned
 from thoughtbubbles.comparison.control import Trial, is_dense, kind_of, rate_caveat
 from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.runs import Run, RunPlanner
-from thoughtbubbles.comparison.statistics import Estimate, estimate, paired_difference, spread_of
-from thoughtbubbles.configuration import LEARNED_ROUTINGS
-from thoughtbubbles.training.callbacks import read_metrics
+from thoughtbubbles.model.accounting import cache_bytes, decoding_flops, parameter_counts
+from thoughtbubbles.model.budget import budget_text
+from thoughtbubbles.model.configuration import LEARNED_ROUTINGS
+from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.support.statistics import Estimate, estimate, paired_difference, spread_of
 from thoughtbubbles.training.folder import METRICS_NAME, read_facts
 from thoughtbubbles.training.run import RunSummary
 

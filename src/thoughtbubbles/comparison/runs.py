@@ -8,17 +8,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.accounting import count_parameters, training_flops
-from thoughtbubbles.budget import parse_budget
-from thoughtbubbles.comparison.recipe import Comparison
-from thoughtbubbles.comparison.variants import Variant
-from thoughtbubbles.configuration import ThoughtbubblesConfig
+from thoughtbubbles.data.feed.rundata import RunData, check_batch, load_run_data
+from thoughtbubbles.model.accounting import count_parameters, training_flops
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.recipes.comparison import Comparison, variant_sections
+from thoughtbubbles.recipes.training import Recipe, RecipeError, lay_over, load_recipe, parse_recipe
+from thoughtbubbles.recipes.variants import Variant
 from thoughtbubbles.training.folder import RECIPE_NAME, read_facts
 from thoughtbubbles.training.memory import check_weights
 from thoughtbubbles.training.meter import Meter
-from thoughtbubbles.training.recipe import Recipe, RecipeError, lay_over, load_recipe, parse_recipe
 from thoughtbubbles.training.run import build_config
-from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 
 
 @dataclass(frozen=True)
@@ -221,26 +220,3 @@ def _precision_so_far(output: Path) -> str | None:
             if load_recipe(path).training.precision == "auto":
                 return str(read_facts(path.parent)["precision"])
     return None
-
-
-def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
-    """The sections of a variant's training recipe, with the steps of the comparison.
-
-    Args:
-        seed: of the run.
-        folder: of the run.
-    """
-    content = lay_over(comparison.base, variant.sections)
-    content = lay_over(content, {"training": {"output": str(folder), "seed": seed}})
-    if variant.elastic:
-        content = lay_over(content, {"training": {"training_budgets": _elastic_budgets(comparison, content["model"])}})
-    return content
-
-
-def _elastic_budgets(comparison: Comparison, model: Mapping[str, Any]) -> list[Any]:
-    own = model.get("budget", ThoughtbubblesConfig.budget)
-    try:
-        exact = parse_budget(own, "model.budget")
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    return [*(each for each in comparison.evaluation.budgets if parse_budget(each) < exact), own]

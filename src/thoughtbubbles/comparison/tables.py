@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from thoughtbubbles.budget import budget_text, parse_budget
 from thoughtbubbles.comparison.results import Report, VariantResult
-from thoughtbubbles.comparison.statistics import Estimate, interval
+from thoughtbubbles.model.budget import budget_text, parse_budget
+from thoughtbubbles.support.statistics import Estimate, interval
 
 
 @dataclass(frozen=True)

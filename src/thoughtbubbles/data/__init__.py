@@ -6,13 +6,13 @@ by its name. Importing this package is cheap: the heavy libraries are
 imported when a function needs them.
 """
 
-from thoughtbubbles.data.corpora import resolve_source
-from thoughtbubbles.data.errors import DataError, SourceError, UnfinishedError
-from thoughtbubbles.data.manifest import Manifest, SourceRecord, SplitRecord, TokenizerRecord
-from thoughtbubbles.data.preparation import prepare
-from thoughtbubbles.data.prepared import PreparedData, load_prepared
-from thoughtbubbles.data.reading import read_rows
-from thoughtbubbles.data.recipe import load_preparation
+from thoughtbubbles.data.preparation.manifest import Manifest, SourceRecord, SplitRecord, TokenizerRecord
+from thoughtbubbles.data.preparation.prepare import prepare
+from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
+from thoughtbubbles.data.sources.corpora import resolve_source
+from thoughtbubbles.data.sources.reading import read_rows
+from thoughtbubbles.recipes.preparation import load_preparation
+from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
 
 __all__ = [
     "DataError",

@@ -3,7 +3,6 @@
 Documents are rows of numpy arrays: a corpus can have a hundred million, too many for an object each.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.data.errors import DataError
+from thoughtbubbles.support.errors import DataError
+from thoughtbubbles.support.sampling import DIGEST_BYTES, draw
 
-DIGEST_BYTES = 16
 # What is kept of a document: the digest of its text, its bytes in UTF-8, its tokens without the separator.
 DOCUMENT = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("bytes", "<i8"), ("tokens", "<i8")])
 
@@ -26,22 +25,6 @@ Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 DRAWS_AT_A_TIME = 1 << 16
-
-
-def digest(text: bytes) -> bytes:
-    """What stands for a text: equal for equal texts."""
-    return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
-
-
-def draw(seed: int, purpose: str, value: bytes) -> bytes:
-    """A uniform random key that depends on its arguments alone: no process, platform or library version."""
-    return hashlib.blake2b(f"{seed}/{purpose}/".encode() + value, digest_size=16).digest()
-
-
-def spread(total: int, count: int | None) -> list[int]:
-    """`count` of the indices below `total`, evenly spaced, or all: a sample that no single document fills."""
-    count = total if count is None else min(count, total)
-    return [index * total // count for index in range(count)]
 
 
 def hold_out(digests: Digests, fraction: float, seed: int, among: Digests | None = None) -> Mask:

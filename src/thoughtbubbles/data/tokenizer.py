@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.data.errors import DataError, UnfinishedError
-from thoughtbubbles.errors import is_network, library_reason
-from thoughtbubbles.files import user_path
+from thoughtbubbles.support.errors import DataError, UnfinishedError, is_network, library_reason
+from thoughtbubbles.support.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from thoughtbubbles.budget import budget_text
 from thoughtbubbles.data import read_rows, resolve_source
-from thoughtbubbles.data.hub import missing_field
-from thoughtbubbles.data.splitting import spread
+from thoughtbubbles.data.sources.hub import missing_field
 from thoughtbubbles.data.tokenizer import Encoder
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.finite import finite_logits
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.options import WORDS
-from thoughtbubbles.text import decode_after, start_document
+from thoughtbubbles.model.budget import budget_text
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.recipes.values import WORDS
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.sampling import spread
+from thoughtbubbles.support.text import decode_after, start_document
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.data.splitting import spread
-from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.evaluation.localdata import find_file
 from thoughtbubbles.evaluation.records import hash_files
-from thoughtbubbles.options import check_known
+from thoughtbubbles.recipes.values import check_known
+from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.sampling import spread
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -11,8 +11,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark, check_files, load_benchmark, parse_tasks
 from thoughtbubbles.evaluation.harness import adapter, require_harness
 from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
+from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.training.callbacks import MetricsWriter
-from thoughtbubbles.training.recipe import Recipe
 
 TASKS_NAME = "tasks.jsonl"
 

@@ -7,16 +7,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.budget import budget_text, parse_budget
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import TIERS, Benchmark, check_files, data_identity, load_benchmark
 from thoughtbubbles.evaluation.harness import adapter, require_harness
 from thoughtbubbles.evaluation.records import EvaluationFolder, hash_files
 from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
-from thoughtbubbles.loading import find_model, load_config, load_model, load_tokenizer
-from thoughtbubbles.options import check_known
-from thoughtbubbles.progress import say
+from thoughtbubbles.model.budget import budget_text, parse_budget
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.loading import find_model, load_config, load_model, load_tokenizer
+from thoughtbubbles.recipes.values import check_known
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.progress import say
 
 
 @dataclass(frozen=True)

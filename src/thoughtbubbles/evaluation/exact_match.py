@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.answering import Answer, Question, answer_questions, make_batches
 from thoughtbubbles.evaluation.evaluate import choose_budgets
-from thoughtbubbles.evaluation.statistics import Scores
-from thoughtbubbles.files import json_text, write_text
-from thoughtbubbles.folders import Marks
-from thoughtbubbles.loading import load_config, load_model, load_tokenizer
-from thoughtbubbles.machine import describe_machine
-from thoughtbubbles.progress import say, stage
+from thoughtbubbles.model.loading import load_config, load_model, load_tokenizer
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.files import json_text, write_text
+from thoughtbubbles.support.folders import Marks
+from thoughtbubbles.support.machine import describe_machine
+from thoughtbubbles.support.progress import say, stage
+from thoughtbubbles.support.statistics import Scores
 
 RESULT_NAME, ANSWERS_NAME, PLOT_NAME = "exact_match.json", "answers.jsonl", "exact_match.png"
 # What says that a folder is one of an earlier measurement.

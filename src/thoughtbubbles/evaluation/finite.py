@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from thoughtbubbles.errors import InputError
+from thoughtbubbles.support.errors import InputError
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from thoughtbubbles.budget import Budget
 from thoughtbubbles.evaluation.finite import finite_logits
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.text import decode_after, document_ends, encode_text, start_document
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.text import decode_after, document_ends, encode_text, start_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.errors import InputError, one_line
 from thoughtbubbles.evaluation.finite import check_finite, finite_logits
-from thoughtbubbles.loading import find_model, load_tokenizer
-from thoughtbubbles.text import decode_continuation, document_ends, encode_text, start_document
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.loading import find_model, load_tokenizer
+from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.text import decode_continuation, document_ends, encode_text, start_document
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.data.corpora import resolve_source
-from thoughtbubbles.data.errors import DataError
-from thoughtbubbles.data.formats import Row
-from thoughtbubbles.data.hub import missing_field
-from thoughtbubbles.data.reading import read_rows, read_texts
-from thoughtbubbles.files import user_path
+from thoughtbubbles.data.sources.corpora import resolve_source
+from thoughtbubbles.data.sources.formats import Row
+from thoughtbubbles.data.sources.hub import missing_field
+from thoughtbubbles.data.sources.reading import read_rows, read_texts
+from thoughtbubbles.support.errors import DataError
+from thoughtbubbles.support.files import user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

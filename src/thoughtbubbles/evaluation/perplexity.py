@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.data.reading import TEXT_FIELD, read_texts
+from thoughtbubbles.data.sources.reading import TEXT_FIELD, read_texts
 from thoughtbubbles.data.tokenizer import Encoder
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.finite import check_finite
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.text import decode_after, start_document
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.text import decode_after, start_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

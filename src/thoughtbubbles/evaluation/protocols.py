@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thoughtbubbles.evaluation.finite import check_finite
-from thoughtbubbles.progress import stage
+from thoughtbubbles.support.progress import stage
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
-    from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+    from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 Document = Mapping[str, Any]
 # A context and what follows it, as text.

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.errors import InputError, one_line
-from thoughtbubbles.evaluation.statistics import Scores
-from thoughtbubbles.files import made_folder, write_text
-from thoughtbubbles.folders import Marks, has_keys, output_folder
-from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.files import made_folder, write_text
+from thoughtbubbles.support.folders import Marks, has_keys, output_folder
+from thoughtbubbles.support.machine import describe_machine
+from thoughtbubbles.support.statistics import Scores
 
 SETTINGS_NAME = "settings.json"
 DOCUMENTS_NAME = "documents"

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-from thoughtbubbles.errors import InputError
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.evaluation.records import EvaluationFolder, MetricRecord, TaskRecord
-from thoughtbubbles.evaluation.statistics import compare
-from thoughtbubbles.files import json_text, write_text
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.files import json_text, write_text
+from thoughtbubbles.support.statistics import compare
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "table.md"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from thoughtbubbles.budget import budget_text
-from thoughtbubbles.data.hub import quiet_datasets
+from thoughtbubbles.data.sources.hub import quiet_datasets
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark
 from thoughtbubbles.evaluation.protocols import measure
 from thoughtbubbles.evaluation.records import MetricRecord, TaskRecord, provenance
+from thoughtbubbles.model.budget import budget_text
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.gate import ForkGate, pack_left
 from thoughtbubbles.inspection.observing import evaluating
 from thoughtbubbles.inspection.trace import check_row, predictions
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.gate import ForkGate, pack_left
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.streams import Streams
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 if TYPE_CHECKING:
     from rich.text import Text

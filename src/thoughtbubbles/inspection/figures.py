@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from thoughtbubbles.files import replacing
 from thoughtbubbles.inspection.ablation import Ablation
-from thoughtbubbles.inspection.curves import Curve
-from thoughtbubbles.inspection.plots import (
+from thoughtbubbles.inspection.survey import CorpusStatistics
+from thoughtbubbles.inspection.trace import BubbleTrace, Lifetime, family_order
+from thoughtbubbles.support.files import replacing
+from thoughtbubbles.support.plots import (
     GREY,
     LINE_COLOURS,
     cycle_colours,
@@ -23,8 +24,7 @@ from thoughtbubbles.inspection.plots import (
     token_panels,
     visible_token,
 )
-from thoughtbubbles.inspection.statistics import CorpusStatistics
-from thoughtbubbles.inspection.trace import BubbleTrace, Lifetime, family_order
+from thoughtbubbles.support.statistics import Curve
 
 
 def save_pictures(figure: Figure, folder: Path, name: str) -> list[Path]:

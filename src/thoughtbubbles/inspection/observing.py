@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thoughtbubbles.attention import StreamAttention, attenuate, rotate
-from thoughtbubbles.gate import ForkGate
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.attention import StreamAttention, attenuate, rotate
+from thoughtbubbles.model.gate import ForkGate
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.streams import Streams
 
 
 @dataclass

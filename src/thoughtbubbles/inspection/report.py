@@ -10,17 +10,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.errors import InputError
-from thoughtbubbles.files import json_text, write_text
-from thoughtbubbles.folders import Marks, filling
 from thoughtbubbles.inspection import figures
 from thoughtbubbles.inspection.ablation import Ablation, ablate
 from thoughtbubbles.inspection.bubbles import mark_bubbles, shade_bubbles
-from thoughtbubbles.inspection.curves import Curve
-from thoughtbubbles.inspection.statistics import CorpusStatistics
+from thoughtbubbles.inspection.survey import CorpusStatistics
 from thoughtbubbles.inspection.trace import BubbleTrace, to_ids, trace_bubbles
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.files import json_text, write_text
+from thoughtbubbles.support.folders import Marks, filling
+from thoughtbubbles.support.statistics import Curve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

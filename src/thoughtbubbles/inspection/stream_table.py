@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from thoughtbubbles.inspection.observing import Observation
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.streams import Streams
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thoughtbubbles.budget import Budget, budget_text
-from thoughtbubbles.errors import InputError, one_line
-from thoughtbubbles.files import replacing
 from thoughtbubbles.inspection.observing import evaluating, observing
 from thoughtbubbles.inspection.stream_table import StreamTable, tabulate
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.text import encode_text, start_document, token_pieces
+from thoughtbubbles.model.budget import Budget, budget_text
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.files import replacing
+from thoughtbubbles.support.text import encode_text, start_document, token_pieces
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from thoughtbubbles.text import token_pieces
+from thoughtbubbles.support.text import token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.errors import InputError, one_line
-from thoughtbubbles.files import read_record, write_text
+from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.files import read_record, write_text
 
 SEAL_NAME = "seal.json"
 PREFIX = "checkpoint-"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 MOST_GRAPHS = 256
 """Of one function: blocks that are compiled by themselves share theirs, one for each width, mode and budget."""

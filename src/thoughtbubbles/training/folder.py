@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
-from thoughtbubbles.errors import InputError, os_reason
-from thoughtbubbles.files import (
+from thoughtbubbles.data.feed.rundata import RunData
+from thoughtbubbles.recipes.training import Recipe, RecipeError, differences, load_recipe
+from thoughtbubbles.support.errors import InputError, os_reason
+from thoughtbubbles.support.files import (
     LOCK_NAME,
     claimed,
     damaged,
@@ -18,10 +20,8 @@ from thoughtbubbles.files import (
     read_record,
     write_text,
 )
-from thoughtbubbles.machine import describe_machine
+from thoughtbubbles.support.machine import describe_machine
 from thoughtbubbles.training.checkpoints import clear_leavings
-from thoughtbubbles.training.recipe import Recipe, RecipeError, differences, load_recipe
-from thoughtbubbles.training.rundata import RunData
 
 SUMMARY_NAME = "summary.json"
 RECIPE_NAME = "recipe.yaml"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thoughtbubbles.gate import ForkGate
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.model.gate import ForkGate
+from thoughtbubbles.model.streams import Streams
 from thoughtbubbles.training.sharding import whole
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

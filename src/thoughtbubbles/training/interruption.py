@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from thoughtbubbles.errors import RunInterrupted
+from thoughtbubbles.support.errors import RunInterrupted
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from thoughtbubbles.accounting import training_flops
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.data.splitting import draw
-from thoughtbubbles.training.recipe import Recipe
-from thoughtbubbles.training.rundata import Samples
+from thoughtbubbles.data.feed.rundata import Samples
+from thoughtbubbles.model.accounting import training_flops
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.recipes.training import Recipe
+from thoughtbubbles.support.sampling import draw
 
 
 def budget_of_step(budgets: Sequence[Budget], seed: int, step: int) -> Budget:
@@ -44,7 +44,7 @@ class Meter:
         return self._tokens
 
     def flops(self, step: int) -> int:
-        """Floating-point operations, by `thoughtbubbles.accounting`, spent on training in the first `step` steps."""
+        """Floating-point operations, as `accounting` counts them, spent on training in the first `step` steps."""
         self._advance(step)
         return sum(rows * training_flops(self._config, length, budget) for (length, budget), rows in self._rows.items())
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.loading import load_config, load_weights
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.weights import excused, list_names
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.loading import load_config, load_weights
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.weights import excused, list_names
 
 GATE_FIELDS = ("routing", "fork_layers", "gate_scores")
 """Fields of the configuration that shape the gates."""

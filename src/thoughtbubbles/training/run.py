@@ -12,16 +12,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
-from thoughtbubbles.accounting import count_parameters
-from thoughtbubbles.configuration import ThoughtbubblesConfig
-from thoughtbubbles.errors import RunError, is_out_of_memory, one_line
-from thoughtbubbles.files import partial_path, read_as, replacing, write_text
-from thoughtbubbles.loading import check_tokenizer
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.progress import say
-from thoughtbubbles.sharing import write_model_card
-from thoughtbubbles.text import document_ends, start_document
-from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, read_metrics
+from thoughtbubbles.data.feed.rundata import RunData, check_batch, load_run_data
+from thoughtbubbles.model.accounting import count_parameters
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.loading import check_tokenizer
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.sharing import write_model_card
+from thoughtbubbles.recipes.training import Recipe, RecipeError, check_rows, model_config
+from thoughtbubbles.support.errors import RunError, is_out_of_memory, one_line
+from thoughtbubbles.support.files import partial_path, read_as, replacing, write_text
+from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.support.progress import say
+from thoughtbubbles.support.text import document_ends, start_document
+from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay
 from thoughtbubbles.training.checkpoints import Checkpoint, newest_sound
 from thoughtbubbles.training.folder import (
     CHECKPOINTS_NAME,
@@ -36,8 +39,6 @@ from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_
 from thoughtbubbles.training.memory import TrainingMemory
 from thoughtbubbles.training.precision import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.training.pretrained import gate_changes, start_from
-from thoughtbubbles.training.recipe import Recipe, RecipeError, check_rows, model_config
-from thoughtbubbles.training.rundata import RunData, check_batch, load_run_data
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
 
 
@@ -49,7 +50,7 @@ class RunSummary:
         parameters: of the model, a tied embedding counted once.
         steps: optimizer steps.
         tokens: seen in training.
-        training_flops: by `thoughtbubbles.accounting`.
+        training_flops: by `thoughtbubbles.model.accounting`.
         tokens_per_second: in training, evaluations and checkpoints left out, since the last start.
         eval_loss: nats per token, one forward a row, over all validation rows or as many as the recipe says.
         eval_perplexity: exp of it.

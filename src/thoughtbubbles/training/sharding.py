@@ -7,8 +7,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thoughtbubbles.errors import RunError
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.errors import RunError
 
 
 def divide(model: ThoughtbubblesForCausalLM, processes: int, device: str, bfloat16: bool) -> None:

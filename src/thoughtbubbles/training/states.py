@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from thoughtbubbles.errors import RunError, one_line
+from thoughtbubbles.support.errors import RunError, one_line
 
 SHARDED_NAME = "sharded"
 OPTIMIZER_NAME = "optimizer.pt"

@@ -18,12 +18,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import nested_gather
 
-from thoughtbubbles.budget import Budget
-from thoughtbubbles.data.splitting import spread
-from thoughtbubbles.errors import RunError, RunInterrupted
-from thoughtbubbles.files import partial_path, replacing, write_text
-from thoughtbubbles.loss import IGNORE_INDEX
-from thoughtbubbles.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.data.feed.lanes import StreamedBlocks
+from thoughtbubbles.data.feed.rundata import Batch, Rows, RunData, Validation
+from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.loss import IGNORE_INDEX
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.recipes.training import Recipe
+from thoughtbubbles.support.errors import RunError, RunInterrupted
+from thoughtbubbles.support.files import partial_path, replacing, write_text
+from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training import states
 from thoughtbubbles.training.callbacks import ThresholdCallback
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
@@ -31,10 +34,7 @@ from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.interruption import StopRequest, interrupted
 from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_memory
-from thoughtbubbles.training.recipe import Recipe
-from thoughtbubbles.training.rundata import Batch, Rows, RunData, Validation
 from thoughtbubbles.training.sharding import check_sharding, divide, release, whole
-from thoughtbubbles.training.streaming import StreamedBlocks
 
 LOSS_SUM_NAME = "loss_sum.json"
 DIVERGED_NAME = "diverged.json"

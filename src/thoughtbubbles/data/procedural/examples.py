@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from thoughtbubbles.data.splitting import digest
+from thoughtbubbles.support.sampling import digest
 
 SPLITS = ("train", "test")
 # Of so many different prompts one is for tests.

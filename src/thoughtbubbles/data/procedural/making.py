@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from thoughtbubbles.data.errors import DataError
 from thoughtbubbles.data.procedural.examples import ProceduralExample, ProceduralTask, draw_examples
 from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 from thoughtbubbles.data.tokenizer import save_tokenizer
-from thoughtbubbles.files import made_folder, replacing, write_text
-from thoughtbubbles.folders import writing
-from thoughtbubbles.options import check_seed
-from thoughtbubbles.progress import Stage, stage
+from thoughtbubbles.recipes.values import check_seed
+from thoughtbubbles.support.errors import DataError
+from thoughtbubbles.support.files import made_folder, replacing, write_text
+from thoughtbubbles.support.folders import writing
+from thoughtbubbles.support.progress import Stage, stage
 
 MOST_ROWS, MOST_QUESTIONS = 1_000_000_000, 1_000_000
 USUAL_QUESTIONS = 500

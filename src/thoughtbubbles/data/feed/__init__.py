@@ -1,0 +1,1 @@
+"""From prepared blocks and streams to batches."""

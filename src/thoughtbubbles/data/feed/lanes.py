@@ -1,0 +1,92 @@
+"""A run on streamed data: which process reads which samples, and what a checkpoint keeps of the stream."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from thoughtbubbles.data.feed.stream import StreamMixture, merge_records
+from thoughtbubbles.data.preparation.packing import TokenArray
+from thoughtbubbles.support.files import write_text
+
+STREAM_NAME = "stream.json"
+
+
+class StreamedBlocks:
+    """Blocks of a stream as training samples.
+
+    Args:
+        blocks: of the stream.
+        lanes: of the stream.
+        block_size: tokens a block.
+    """
+
+    def __init__(self, blocks: StreamMixture, lanes: int, block_size: int) -> None:
+        self._blocks = blocks
+        self._lanes = lanes
+        self.uniform_length: int | None = block_size
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": _tensor(self._blocks[index])}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Several samples."""
+        return [{"input_ids": _tensor(block)} for block in self._blocks.__getitems__(indices)]
+
+    def describe(self, index: int) -> str:
+        """The source, the lane and the block."""
+        return self._blocks.describe(index)
+
+    def length(self, index: int) -> int:
+        """Tokens of a block."""
+        assert self.uniform_length is not None
+        return self.uniform_length
+
+    def shared(self, samples: range, batch: int, processes: int, micro: int) -> Iterator[int]:
+        """The samples of whole batches in the order in which processes, taking turns, take `micro` of them.
+
+        Each batch goes out by lanes, so that a process gets the same lanes of every batch, as few as can be.
+
+        Args:
+            samples: to go out, from the beginning of a batch.
+            batch: samples of all processes in a step.
+            processes: that share a batch.
+            micro: samples of one forward pass.
+        """
+        rows = sorted(range(batch), key=lambda row: row % self._lanes)
+        share = batch // processes
+        turns = [
+            rows[process * share + start + place]
+            for start in range(0, share, micro)
+            for process in range(processes)
+            for place in range(micro)
+        ]
+        return (first + row for first in samples[::batch] for row in turns)
+
+    def save(self, folder: Path, samples: int, main: bool) -> None:
+        """Note in a checkpoint's folder where to go on after so many samples; every process has to call it."""
+        record = merge_records(gather_object([self._blocks.record(samples)]))
+        if main:
+            write_text(folder / STREAM_NAME, json.dumps(record) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Go on where a checkpoint says.
+
+        Raises:
+            DataError: a source that cannot be opened any more.
+        """
+        self._blocks.go_on(json.loads((folder / STREAM_NAME).read_text(encoding="utf-8")))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._blocks.close()
+
+
+def _tensor(block: TokenArray) -> Tensor:
+    return torch.from_numpy(block.astype("int64"))

@@ -1,0 +1,1 @@
+"""The model: streams, gates, attention and all that follows from them."""

@@ -1,0 +1,153 @@
+"""The gate before a fork layer: scores, survivors, fork embedding (Design 3.2)."""
+
+import math
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .cache import CreditMemory, ForkMemory
+from .configuration import ThoughtbubblesConfig
+from .controls import ROUTERS, draw_of
+from .routing import GRID, route_causal, width_after_routing
+from .streams import Streams
+from .threshold import ScoreHistogram, route_threshold
+
+MIN_LOG_SIGMOID = -20.0
+AnyMemory = ForkMemory | CreditMemory | None
+
+
+class ForkGate(nn.Module):
+    """Scores a fork and a keep of every stream and lets the router choose who goes on (Design 3.2)."""
+
+    def __init__(self, config: ThoughtbubblesConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.rule = config.admission_rule
+        self.draw = draw_of(config, layer)
+        self.histogram = ScoreHistogram() if self.rule == "threshold" else None
+        self.forks_before = sum(fork < layer for fork in config.gated_layers)
+        self.gate_scores = config.gate_scores
+        if self.gate_scores != "fixed":
+            self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+            self.projection = WideLinear(config.hidden_size, 2, bias=False)
+        self.is_relative = config.fork_embedding == "relative"
+        self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.reset_embedding()
+
+    @torch.no_grad()
+    def reset_embedding(self) -> None:
+        """Draw the fork embedding: as the release does, or half as large as the residual that it is added to."""
+        if self.is_relative:
+            init.normal_(self.fork_embedding, std=0.5)
+        else:
+            init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
+
+    def forward(self, streams: Streams, budget: Fraction, memory: AnyMemory = None, step: Tensor | int = 0) -> Streams:
+        """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
+
+        With the memory of a cache the causal rule goes on from what it holds, in place of topk too (Design 3.8), the
+        new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`.
+        """
+        scores = self.candidate_scores(streams)
+        token = streams.ordinal.repeat_interleave(2, dim=1)
+        alive = streams.alive.repeat_interleave(2, dim=1)
+        optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
+        # Draws have 53 bits: as whole steps of the routers' grid all of them count.
+        rivals = scores.detach() if self.draw is None else self.draw(token, step=step) * (2**53 * GRID)
+        survive = self._route((rivals, token, optional, alive, budget), memory)
+        if memory is None:
+            width = width_after_routing(self.rule, streams.token.shape[1], streams.num_tokens, budget)
+        else:
+            width = max(int(survive.sum(1).max()), 1)
+        origin, alive = pack_left(survive, width)
+        return self.select(streams, scores, origin, alive)
+
+    def _route(self, candidates: tuple[Tensor, Tensor, Tensor, Tensor, Fraction], memory: AnyMemory) -> Tensor:
+        """[B, 2N] bool: which survive of the candidates, given as a router takes them."""
+        rivals, token, optional, _, budget = candidates
+        if self.histogram is not None:
+            assert not isinstance(memory, ForkMemory)
+            threshold = self.histogram.threshold(budget, self.forks_before)
+            survive = route_threshold(*candidates, threshold, None if memory is None else memory.past_admitted)
+            if self.training:
+                self.histogram.observe(rivals, optional)
+            if memory is not None:
+                memory.append(token, survive & optional)
+        elif memory is None or self.rule == "uniform":  # whose tokens are routed each by itself
+            survive = ROUTERS[self.rule](*candidates)
+        else:
+            assert isinstance(memory, ForkMemory)
+            survive = route_causal(*candidates, memory.past_scores, memory.past_admitted)
+            memory.append(rivals, token, survive, optional)
+        return survive
+
+    def candidate_scores(self, streams: Streams) -> Tensor:
+        """[B, 2N] log scores of the candidates, (fork, keep) where each stream stood."""
+        if self.gate_scores == "fixed":
+            return streams.log_score.repeat_interleave(2, dim=1) - math.log(2)
+        with torch.autocast(streams.residual.device.type, enabled=False):
+            gates = F.logsigmoid(self.projection(self.norm(streams.residual))).clamp(min=MIN_LOG_SIGMOID)
+        if self.gate_scores == "forks":
+            fork, keep = gates.unbind(-1)
+            gates = torch.stack([fork, keep.masked_fill(streams.is_root, 0)], dim=-1)
+        return (streams.log_score[..., None] + gates).flatten(1)
+
+    def select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
+        """The streams that the candidates `origin` [B, N'] become; slots not alive are emptied."""
+        source = origin // 2
+        rows = torch.arange(len(source), device=source.device)[:, None] * streams.token.shape[1]
+        residual = streams.residual.flatten(0, 1).index_select(0, (source + rows).flatten())
+        residual = residual.view(*source.shape, -1)
+        is_fork = (origin % 2 == 0)[..., None]
+        embedding = self.fork_embedding * (root_mean_square(residual) if self.is_relative else 1)
+        residual = residual + is_fork.to(residual.dtype) * embedding.to(residual.dtype)
+        return Streams(
+            residual=torch.where(alive[..., None], residual, 0),
+            log_score=torch.where(alive, scores.gather(1, origin), 0),
+            token=torch.where(alive, streams.token.gather(1, source), streams.num_tokens),
+            alive=alive,
+            num_tokens=streams.num_tokens,
+            origin=torch.where(alive, origin, -1),
+            offset=streams.offset,
+        )
+
+
+def pack_left(survive: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[B, width] indices of each row's survivors, in order and packed left, 0 past them; and which are real."""
+    batch, candidates = survive.shape
+    place = torch.where(survive, survive.cumsum(1) - 1, width)
+    index = torch.zeros(batch, width + 1, dtype=torch.int64, device=survive.device)
+    index.scatter_(1, place, torch.arange(candidates, device=survive.device).expand(batch, -1))
+    alive = torch.arange(width, device=survive.device) < survive.sum(1, keepdim=True)
+    return torch.where(alive, index[:, :width], 0), alive
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 or wider, whatever the type of input and weights."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
+        """[..., D] -> [..., D]."""
+        wide = torch.promote_types(input.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(input.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps)
+
+
+class WideLinear(nn.Linear):
+    """Linear map to few outputs in float32 or wider; a module, so that adapters can wrap it.
+
+    Sums over the last dimension, since the kernels of a product of matrices add up one row otherwise than the same row
+    among others, which could tell equal streams apart.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the parent's name)
+        """[..., D] -> [..., 2]."""
+        return torch.stack([(input * row).sum(-1) for row in self.weight.to(input.dtype)], dim=-1)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """[..., D] -> [..., 1]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # At a mean square of 0, that of an empty slot, the root has no gradient.
+    return wide.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()

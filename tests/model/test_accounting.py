@@ -1,0 +1,325 @@
+"""Accounting against what torch counts and keeps: FLOPs, parameters, saved activations, bytes of caches."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers import randomise
+from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
+from thoughtbubbles.model.accounting import (
+    activation_bytes,
+    cache_bytes,
+    count_parameters,
+    decoding_flops,
+    dense_twin,
+    forward_flops,
+    layer_widths,
+    parameter_counts,
+    state_bytes,
+    tokens_at_equal_flops,
+    training_flops,
+)
+from thoughtbubbles.model.cache import BLOCK, StreamCache
+from thoughtbubbles.model.configuration import MERGES, PRESETS, ROUTINGS
+
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "fork_layers": [1, 2]}
+GATED = ("causal", "threshold", "topk", "random", "uniform")
+SPENDING = [
+    *((routing, budget) for routing in (*GATED, "none") for budget in (1, 1.2, 2, 4)),
+    *((routing, budget) for routing in ("copy", "pause") for budget in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("overrides", [{}, {"use_bias": False}, {"tie_word_embeddings": False}], ids=str)
+def test_parameters_are_those_of_the_model(routing: str, overrides: dict[str, bool]) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, routing=routing, **overrides)
+    model = ThoughtbubblesForCausalLM(config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_presets(name: str) -> None:
+    config = ThoughtbubblesConfig.preset(name)
+    with torch.device("meta"):
+        model = ThoughtbubblesForCausalLM(config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameters_by_part() -> None:
+    config = ThoughtbubblesConfig(**SHAPE)
+    parts = parameter_counts(config)
+    model = ThoughtbubblesForCausalLM(config)
+    assert parts.gates == sum(parameter.numel() for parameter in model.model.gates.parameters())
+    assert parts.embedding == model.model.embed_tokens.weight.numel()
+    assert parts.total == count_parameters(config)
+    assert parameter_counts(dense_twin(config)).total == parts.total - parts.gates
+    assert config.routing == "causal"
+
+
+def counted_flops(model: ThoughtbubblesForCausalLM, ids: Tensor, backward: bool = False, **arguments: Any) -> int:
+    """What torch counts. It counts nothing for its fused CPU attention; the plain one has the same products."""
+    with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if backward:
+            model(ids, labels=ids, return_logits=False).loss.backward()
+        else:
+            model(ids, **arguments)
+    total: int = counter.get_total_flops()
+    return total
+
+
+def gate_flops(config: ThoughtbubblesConfig, length: int) -> int:
+    """Of the gates, whose two scores are sums of products: torch counts products of matrices alone."""
+    entering = [length, *layer_widths(config, length)]
+    return sum(2 * entering[layer] * 2 * config.hidden_size for layer in config.gated_layers)
+
+
+FLOP_CASES = [
+    *((routing, budget, "residual", 17) for routing, budget in SPENDING),
+    *((routing, budget, "probability", 17) for routing, budget in SPENDING),
+    *((routing, 1.5, merge, length) for routing in ("causal", "topk") for merge in MERGES for length in (1, 9, 16)),
+    ("none", 1, "probability", 9),
+]
+
+
+@pytest.mark.parametrize(("routing", "budget", "merge", "length"), FLOP_CASES)
+def test_flops_are_what_torch_counts(routing: str, budget: float, merge: str, length: int) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, routing=routing, budget=budget, merge=merge, attenuation="released")
+    model, ids = ThoughtbubblesForCausalLM(config), torch.randint(61, (3, length))
+    gates = gate_flops(config, length)
+    assert counted_flops(model, ids) == 3 * (forward_flops(config, length) - gates)
+    assert counted_flops(model, ids, backward=True) == 3 * (training_flops(config, length) - 3 * gates)
+
+
+@pytest.mark.parametrize("budget", [1, 1.5, 4])
+def test_flops_leave_out_the_channel_of_the_attenuation(budget: float) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, budget=budget, attenuation="paper")
+    model, ids = ThoughtbubblesForCausalLM(config), torch.randint(61, (2, 17))
+    channel = sum(4 * config.num_attention_heads * width**2 for width in layer_widths(config, 17)[1:])
+    assert counted_flops(model, ids) == 2 * (forward_flops(config, 17) + channel - gate_flops(config, 17))
+
+
+def test_budget_of_a_call_goes_before_the_configured_one() -> None:
+    config, other = ThoughtbubblesConfig(**SHAPE, budget=4), ThoughtbubblesConfig(**SHAPE, budget=1.5)
+    assert forward_flops(config, 17, 1.5) == forward_flops(other, 17)
+    assert decoding_flops(config, 17, 1.5) == decoding_flops(other, 17)
+    assert cache_bytes(config, 17, 1.5) == cache_bytes(other, 17)
+    assert activation_bytes(config, 17, 1.5) == activation_bytes(other, 17)
+
+
+def test_dense_tokens_at_equal_flops() -> None:
+    config = ThoughtbubblesConfig(**SHAPE, budget=2)
+    dense = dense_twin(config)
+    tokens = tokens_at_equal_flops(config, dense, 32, 10_000)
+    assert 10_000 < tokens < 20_000
+    spent = 10_000 * training_flops(config, 32)
+    assert tokens * training_flops(dense, 32) <= spent < (tokens + 1) * training_flops(dense, 32)
+    assert tokens_at_equal_flops(dense, dense, 32, 10_000) == 10_000
+
+
+def decoding_model(**overrides: Any) -> ThoughtbubblesForCausalLM:
+    model = ThoughtbubblesForCausalLM(ThoughtbubblesConfig(**{**SHAPE, "attenuation": "released", **overrides}))
+    randomise(model)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("merge", ["residual", "probability"])
+@pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4)])
+def test_flops_of_a_cached_step_are_what_torch_counts(routing: str, budget: float, merge: str) -> None:
+    """Where every token has as many streams as every other, a step costs the mean."""
+    model = decoding_model(routing=routing, budget=budget, merge=merge)
+    cache, ids = StreamCache(), torch.randint(61, (1, 20))
+    model(ids[:, :-1], cache=cache)
+    counted = counted_flops(model, ids[:, -1:], cache=cache)
+    assert counted == pytest.approx(decoding_flops(model.config, 20) - gate_flops(model.config, 20) / 20)
+
+
+@pytest.mark.parametrize("budget", [1.5, 2, 3])
+def test_flops_of_the_cached_steps_of_a_row_are_near_the_sum(budget: float) -> None:
+    """Above by no more than rounding of widths, below by what scores leave unspent of the budget."""
+    model = decoding_model(budget=budget)
+    cache, ids = StreamCache(), torch.randint(61, (1, 60), generator=torch.Generator().manual_seed(0))
+    counted = sum(counted_flops(model, column, cache=cache) for column in ids.split(1, dim=1))
+    expected = sum(
+        decoding_flops(model.config, context) - gate_flops(model.config, context) / context for context in range(1, 61)
+    )
+    assert 0.9 * expected < counted < 1.02 * expected
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    config = ThoughtbubblesConfig(**SHAPE)
+    for compute in (state_bytes, lambda config, precision: cache_bytes(config, 8, precision=precision)):
+        with pytest.raises(ValueError, match="precision='float16': expected one of float32, bfloat16"):
+            compute(config, "float16")
+    with pytest.raises(ValueError, match="precision='float16'"):
+        activation_bytes(config, 8, precision="float16")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
+@pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4), ("threshold", 4)])
+def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precision: str) -> None:
+    """Where the budget is spent to the last stream and rows fill whole blocks of memory, exactly as many."""
+    model = decoding_model(routing=routing, budget=budget, attenuation=attenuation).to(getattr(torch, precision))
+    cache = StreamCache()
+    model(torch.randint(61, (2, BLOCK)), cache=cache)
+    forks = [buffer.data for memory in cache.forks.values() for buffer in memory.buffers]
+    assert cache.nbytes == 2 * cache_bytes(model.config, BLOCK, precision=precision, device="cpu")
+    assert bool(forks) == (routing != "none")
+
+
+@pytest.mark.parametrize("budget", [1, 1.5, 2.5])
+@pytest.mark.parametrize("length", [65, 129, 300])
+def test_bytes_of_a_cache_but_for_the_growth(budget: float, length: int) -> None:
+    model = decoding_model(budget=budget, attenuation="paper", max_position_embeddings=300)
+    cache = StreamCache()
+    model(torch.randint(61, (1, length)), cache=cache)
+    expected = cache_bytes(model.config, length, device="cpu")
+    # A step of growth for every buffer: keys, values and ordinals of each layer, 13 bytes at each fork layer.
+    growth = sum(BLOCK * (2 * 34 * 4 + 8) for _ in range(4)) + 2 * BLOCK * 13
+    assert 0.9 * expected < cache.nbytes < expected + growth
+
+
+def test_bytes_of_a_cache_on_a_gpu_have_padded_heads() -> None:
+    config = ThoughtbubblesConfig(**SHAPE, budget=1)
+    keys = 2 * 2 * 4 * 10 * sum((16, 24, 24, 24))  # two heads of 16, from the first fork on 16 + 1 up to 24
+    assert cache_bytes(config, 10, device="cuda") == keys + 10 * 8 * 4 + 2 * 10 * 13
+
+
+def test_bytes_of_training_state() -> None:
+    config = ThoughtbubblesConfig(**SHAPE, tie_word_embeddings=False)
+    model = ThoughtbubblesForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randint(61, (1, 8)), labels=torch.randint(61, (1, 8))).loss.backward()
+    optimizer.step()
+    state = state_bytes(config)
+    assert state.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert state.gradients == sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
+    moments = [value for kept in optimizer.state.values() for value in kept.values() if value.dim()]
+    assert state.optimizer == sum(moment.nbytes for moment in moments)
+    assert state.total == state.weights + state.gradients + state.optimizer + state.loss
+
+
+class Held:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(config: ThoughtbubblesConfig, rows: int, length: int, precision: str, checkpointing: bool) -> int:
+    """Bytes of the distinct storages that autograd keeps after a forward, parameters left out."""
+    torch.manual_seed(0)
+    model = ThoughtbubblesForCausalLM(config)
+    model.train()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> Held:
+        held = Held(tensor)
+        kept.add(held)
+        return held
+
+    ids = torch.randint(config.vocab_size, (rows, length))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        loss = model(ids, labels=ids, return_logits=False).loss
+    storages = [held.tensor.untyped_storage() for held in kept]
+    assert loss.requires_grad
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}.values())
+
+
+@dataclass(frozen=True)
+class Case:
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int | None
+    length: int
+    rows: int
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"routing": "none", "budget": 1},
+        {"routing": "copy", "budget": 2},
+        {"budget": 1},
+        {"budget": 2},
+        {"routing": "topk", "budget": 1.5, "attenuation": "released"},
+        {"budget": 4, "attenuation": "none", "merge": "root"},
+        {"budget": 3, "merge": "residual-normed"},
+        {"budget": 4, "merge": "probability"},
+        {"budget": 1.5, "gate_scores": "fixed"},
+        {"budget": 1.5, "gate_scores": "forks", "fork_embedding": "relative"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case",
+    [Case(61, 64, 2, None, 33, 3), Case(997, 96, 4, 200, 64, 2), Case(300, 128, 8, 512, 99, 1)],
+    ids=lambda case: f"D{case.hidden_size}",
+)
+def test_activations_are_what_autograd_saves(
+    case: Case, fields: dict[str, Any], precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last byte in float32; in bfloat16 but for the casts of scores and norms."""
+    monkeypatch.setattr("thoughtbubbles.model.attention.suits", lambda q: False)  # the fused kernels that are counted
+    config = ThoughtbubblesConfig(
+        vocab_size=case.vocab_size,
+        hidden_size=case.hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=case.num_attention_heads,
+        intermediate_size=case.intermediate_size,
+        fork_layers=[1, 2],
+        **fields,
+    )
+    found = saved_bytes(config, case.rows, case.length, precision, checkpointing)
+    each = activation_bytes(
+        config, case.length, precision=precision, gradient_checkpointing=checkpointing, device="cpu"
+    )
+    expected = case.rows * each.saved + state_bytes(config, precision, checkpointing).casts
+    expected += case.vocab_size * case.hidden_size * 4
+    assert expected == found if precision == "float32" else 0.99 * found < expected < 1.001 * found
+
+
+def test_checkpointing_trades_activations_for_a_block() -> None:
+    config = ThoughtbubblesConfig.preset("150m")
+    kept, recomputed = (activation_bytes(config, 1024, gradient_checkpointing=flag) for flag in (False, True))
+    assert recomputed.blocks < kept.blocks / 8
+    assert recomputed.loss == kept.loss == 1024 * 768 * 4
+    small = ThoughtbubblesConfig(**{**SHAPE, "vocab_size": 8})
+    passing = [activation_bytes(small, 64, gradient_checkpointing=flag).passing for flag in (False, True)]
+    assert passing[0] < passing[1] < activation_bytes(small, 64).blocks
+
+
+@pytest.mark.parametrize(
+    "rules", [{"budget": 3.25}, {"routing": "random", "random_rule": "topk", "budget": 3.25}], ids=str
+)
+def test_layer_widths_are_those_of_the_streams(rules: dict[str, Any]) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, **rules)
+    out = ThoughtbubblesForCausalLM(config)(torch.randint(61, (1, 11)), output_streams=True)
+    assert layer_widths(config, 11) == [streams.token.shape[1] for streams in out.streams[:-1]]
+    assert layer_widths(config, 11, 1) == [11, 11, 11, 11]
+
+
+def test_layer_widths_of_copies() -> None:
+    config = ThoughtbubblesConfig(**SHAPE, routing="copy", copy_layer=2, budget=3)
+    assert layer_widths(config, 11) == [11, 11, 33, 33]
+    assert layer_widths(config, 11, 4) == [11, 11, 44, 44]
+    assert layer_widths(ThoughtbubblesConfig(**SHAPE, routing="pause", budget=3), 11) == [33] * 4
+    with pytest.raises(ValueError, match=r"budget=1\.5: expected a whole number"):
+        layer_widths(config, 11, 1.5)
