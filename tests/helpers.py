@@ -143,7 +143,7 @@ def recorded_scores(model: ThoughtbubblesForCausalLM) -> Iterator[dict[int, list
 
 
 def count_flips(fork: ReferenceFork, scores: list[float], rule: str, budget: Fraction) -> int:
-    """How many survivors of a fast path are not those that the reference chooses by its own scores (Design 3.10).
+    """How many survivors of a fast path are not those that the reference chooses by its own scores (method: Near ties).
 
     The fast path must have chosen what the reference's router makes of the fast path's `scores`, and those may
     be off by half the margin: then they decide otherwise only where the reference's margin is below it. Hashes are

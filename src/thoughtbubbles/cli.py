@@ -1,4 +1,4 @@
-"""The command `thoughtbubbles` (Design 5.2).
+"""The command `thoughtbubbles`.
 
 Commands import what they need when they run, so that help answers at once.
 """

@@ -54,7 +54,7 @@ def traced(model: ThoughtbubblesForCausalLM, length: int = 13) -> BubbleTrace:
 
 
 def reference_of(model: ThoughtbubblesForCausalLM, trace: BubbleTrace) -> ReferenceOutput:
-    """The reference on the same row with the model's survivors (Design 3.10)."""
+    """The reference on the same row with the model's survivors (method: Near ties)."""
     ids = torch.tensor([trace.ids])
     streams = model(ids, output_streams=True).streams
     survivors = survivors_of(streams, model.config.gated_layers)

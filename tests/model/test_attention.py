@@ -1,4 +1,4 @@
-"""Rotary embedding and attenuated attention (Design 3.4, 3.5)."""
+"""Rotary embedding and attenuated attention (method: Positions, Attenuation)."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def random_inputs(streams: int, head_size: int = 8, dtype: torch.dtype = torch.f
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str) -> Tensor:
-    """Design 3.5 with the matrix of all logits, in float64."""
+    """Attenuated attention (method: Attenuation) with the matrix of all logits, in float64."""
     q, k, v, log_score = (x.double() for x in (q, k, v, log_score))
     if rule == "released":
         q, k = q.clone(), k.clone()

@@ -1,4 +1,4 @@
-"""Attention in blocks, for bfloat16 on CPUs (Design 3.5)."""
+"""Attention in blocks, for bfloat16 on CPUs (method: Attenuation)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Exact integer arithmetic with budgets (Design 3.3)."""
+"""Exact integer arithmetic with budgets (method: State)."""
 
 import math
 from fractions import Fraction

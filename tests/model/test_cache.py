@@ -1,4 +1,4 @@
-"""Decoding with a cache against the full forward and the reference (Design 3.8, 3.10)."""
+"""Decoding with a cache against the full forward and the reference (method: Cache, Near ties)."""
 
 import logging
 from pathlib import Path

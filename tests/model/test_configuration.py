@@ -1,4 +1,4 @@
-"""The configuration and its presets (Design 5.1)."""
+"""The configuration and its presets."""
 
 import json
 import math

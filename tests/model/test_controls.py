@@ -1,4 +1,4 @@
-"""The controls: the hash of `random` and `uniform`, the streams of `copy` and `pause` (Design 3.3)."""
+"""The controls: the hash of `random` and `uniform`, the streams of `copy` and `pause` (method: Controls)."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' release, and our numbers against theirs (Design 5.1)."""
+"""Checkpoints of the authors' release, and our numbers against theirs."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The gate: candidate scores, survivors, fork embedding (Design 3.2)."""
+"""The gate: candidate scores, survivors, fork embedding (method: Gate)."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""The loss over chunks of rows against the loss of all logits (Design 3.7)."""
+"""The loss over chunks of rows against the loss of all logits (method: Padding)."""
 
 from typing import Any
 

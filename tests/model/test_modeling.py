@@ -1,4 +1,4 @@
-"""The whole model against the reference and against its promises (Design 3, 5.1)."""
+"""The whole model against the reference and against its promises."""
 
 import itertools
 import math
@@ -212,7 +212,7 @@ def test_routing_none_has_no_gates() -> None:
     assert not tiny_model(routing="none").model.gates
 
 
-# --- Causality and budget (Design 3.3) ---
+# --- Causality and budget ---
 
 
 @pytest.mark.parametrize(("attenuation", "merge"), EVERY_RULE)
@@ -278,7 +278,7 @@ def test_topk_leaks_the_future_into_earlier_logits() -> None:
     assert leak > 0.1
 
 
-# --- Padding and rows (Design 3.7) ---
+# --- Padding and rows ---
 
 PLACES = {
     "left": range(6, 13),
@@ -350,7 +350,7 @@ def test_a_row_of_padding_alone_is_harmless(merge: str) -> None:
     assert max(errors.values()) < 1e-4
 
 
-# --- Dead slots (Design 3.1) ---
+# --- Dead slots ---
 
 
 @pytest.mark.parametrize("attenuation", FACTORS["attenuation"])

@@ -1,4 +1,4 @@
-"""The reference itself, by values worked by hand and by the authors' own numbers (Design 3)."""
+"""The reference itself, by values worked by hand and by the authors' own numbers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Routers against the loops of the reference, and their promises (Design 3.3)."""
+"""Routers against the loops of the reference, and their promises (method: Routing)."""
 
 import math
 from dataclasses import dataclass

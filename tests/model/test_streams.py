@@ -1,4 +1,4 @@
-"""Streams, their positions and merges, and the column map (Design 3.1, 3.4, 3.6)."""
+"""Streams, their positions and merges, and the column map (method: State, Positions, Merge)."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_positions_of_a_bubble_are_equal_fractions_that_end_at_its_token(batch: 
 
 
 def test_positions_of_one_example() -> None:
-    # Design 3.4 with 1-based ordinals p = 1, 2, 3 and bubbles of 1, 2 and 4 streams.
+    # Tokens of ordinals 0, 1, 2 and bubbles of 1, 2 and 4 streams.
     streams = build([[1, 2, 4]], spare_tokens=0, spare_slots=0)
     assert streams.positions().tolist() == [[1, 1.5, 2, 2.25, 2.5, 2.75, 3]]
 

@@ -1,4 +1,4 @@
-"""The running histogram of scores and the thresholds in it (Design 3.3, `threshold`)."""
+"""The running histogram of scores and the thresholds in it (method: Routing)."""
 
 import math
 from fractions import Fraction

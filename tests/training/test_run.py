@@ -328,7 +328,7 @@ def test_accumulated_batches_give_the_same_run(tmp_path: Path, tiny_data: Prepar
     curves = []
     for micro in (4, 1):
         (tmp_path / str(micro)).mkdir()
-        # At budget 1 nothing is chosen, and so no rounding can choose otherwise (Design 3.10).
+        # At budget 1 nothing is chosen, and so no rounding can choose otherwise (method: Near ties).
         overrides = (f"training.micro_batch_size={micro}", "model.budget=1")
         train(tiny_recipe(tmp_path / str(micro), tiny_data.path, *overrides), progress=False)
         rows = read_metrics(tmp_path / str(micro) / "run" / "metrics.jsonl")

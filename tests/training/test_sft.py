@@ -199,7 +199,7 @@ def test_micro_batches_of_unequal_lengths_give_the_same_run(
 ) -> None:
     curves, flops = [], []
     for micro in (4, 1):
-        # At budget 1 nothing is chosen, and so no rounding can choose otherwise (Design 3.10).
+        # At budget 1 nothing is chosen, and so no rounding can choose otherwise (method: Near ties).
         overrides = (f"training.micro_batch_size={micro}", "model.budget=1")
         recipe = sft_recipe(tmp_path, tiny_data, *overrides, name=str(micro))
         flops.append(train(recipe, progress=False).training_flops)

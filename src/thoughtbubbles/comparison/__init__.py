@@ -1,1 +1,1 @@
-"""Fair comparison: variants of a recipe, trained on the same data and measured alike (Design 4)."""
+"""Fair comparison: variants of a recipe, trained on the same data and measured alike."""

@@ -1,4 +1,4 @@
-"""Text to training blocks: corpora, tokenizers, packing (Design 4, 7).
+"""Text to training blocks: corpora, tokenizers, packing.
 
 `prepare` reads documents, tokenises them and writes fixed-size blocks of token ids to a folder; `load_prepared`
 opens such a folder for training and evaluation; `read_rows` gives the rows of a source, which `resolve_source` finds

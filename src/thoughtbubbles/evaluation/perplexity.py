@@ -1,4 +1,4 @@
-"""Perplexity over blocks of tokens, blockwise and from prefixes alone (Design 5.2)."""
+"""Perplexity over blocks of tokens, blockwise and from prefixes alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

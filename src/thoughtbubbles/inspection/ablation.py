@@ -1,9 +1,9 @@
 """The effect of a bubble: what deleting all forks of a token does to the predictions at it and after it.
 
-All other streams survive as they did, at every fork layer: survivors are given (Design 3.10), so that nothing but the
+All other streams survive as they did, at every fork layer: survivors are given, so that nothing but the
 token's own bubble differs.
 
-Shape letters: A tokens whose forks are deleted, T tokens, N streams, V vocabulary (Design 2).
+Shape letters: A tokens whose forks are deleted, T tokens, N streams, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class Ablation:
 
 @contextmanager
 def given_survivors(model: ThoughtbubblesForCausalLM, survivors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let the forward passes inside the block keep the candidates given, not those that routing chooses (Design 3.10).
+    """Let the forward passes inside the block keep the candidates given, not those that routing chooses.
 
     Args:
         survivors: by fork layer, bool [B, M], M twice the width before the layer; alive candidates alone, the keep of

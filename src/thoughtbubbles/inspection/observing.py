@@ -1,6 +1,6 @@
 """Watching the gates and the attention of forward passes from outside, by hooks.
 
-Shape letters: B batch, N streams, H heads, K head size (Design 2).
+Shape letters: B batch, N streams, H heads, K head size.
 """
 
 import math
@@ -68,9 +68,9 @@ def evaluating(model: ThoughtbubblesForCausalLM) -> Iterator[None]:
 def attention_weights(
     attention: StreamAttention, x: Tensor, cos: Tensor, sin: Tensor, log_score: Tensor | None
 ) -> Tensor:
-    """Weights [B, H, N, N] by which an attention layer averages values (Design 3.5); arguments as of its forward.
+    """Weights [B, H, N, N] by which an attention layer averages values; arguments as of its forward.
 
-    They are the softmax alone: the values that they average are scaled by p besides.
+    They are the softmax alone (method: Attenuation): the values that they average are scaled by p besides.
     """
     batch, width, _ = x.shape
     q, k, v = attention.qkv_proj(x).view(batch, width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)

@@ -1,6 +1,6 @@
 """The streams of one row as a table: who they are, where they were forked and deleted, what they attend to.
 
-Shape letters: N streams, L layers, R rows of the table (Design 2).
+Shape letters: N streams, L layers, R rows of the table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class StreamTable:
         forked: whether a fork of it was made at this layer.
         log_score: natural log of its cumulative score; where deleted, the score of its keep, which was too low.
         fork_gate, keep_gate: what the gate of this layer gave its fork and its keep, natural logs, as far down as -20
-            (Design 3.2); NaN where it met no gate.
+            (method: Gate); NaN where it met no gate.
         received: attention that it receives from all streams, in queries: N streams give N. Like the next four the
             mean over the heads, and NaN where deleted.
         to_self, to_forks, to_siblings, to_others: how it spreads its own attention: on itself, on the streams forked

@@ -1,6 +1,6 @@
 """The trace of a text: which streams every token carries through the layers, and what the model predicts from them.
 
-Shape letters: T tokens, N streams, L layers, R rows of a stream table (Design 2).
+Shape letters: T tokens, N streams, L layers, R rows of a stream table.
 """
 
 import json
@@ -175,7 +175,7 @@ def trace_bubbles(
     text_or_ids: str | Sequence[int] | Tensor,
     budget: Budget | None = None,
 ) -> BubbleTrace:
-    """Run one text and note where the model forks and deletes (Design 5.1).
+    """Run one text and note where the model forks and deletes.
 
     The model runs once, observed by hooks; its attention is computed a second time, in matrices of N x N.
 

@@ -1,7 +1,7 @@
-"""What a configuration costs: parameters, floating-point operations, memory (Design 4).
+"""What a configuration costs: parameters, floating-point operations, memory.
 
-Everything is computed from the static widths of Design 3.1, so it is what a batch of any content costs: no weights, no
-device. Shape letters: T tokens, N streams, D hidden size, H heads, K head size, I size of the MLP, V vocabulary.
+Everything is computed from the static widths (method: State), so it is what a batch of any content costs: no weights,
+no device. Shape letters: T tokens, N streams, D hidden size, H heads, K head size, I size of the MLP, V vocabulary.
 """
 
 import copy
@@ -15,7 +15,7 @@ from .routing import width_after_routing
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes a number, by the name of the type."""
-# Log scores and all other state between layers, the masters of the weights, the loss (Design 3.1, 3.2).
+# Log scores and all other state between layers, the masters of the weights, the loss (method: State, Gate).
 WIDE = ITEM_BYTES["float32"]
 
 
@@ -102,7 +102,7 @@ class ActivationBytes(_Amounts):
 def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | None = None) -> list[int]:
     """Streams that each block computes for a row of `length` tokens, as often as it is applied.
 
-    It is the static width N' of Design 3.1.
+    It is the static width N' (method: State).
     """
     kappa = config.exact_budget(budget)
     widths: list[int] = []
@@ -202,7 +202,7 @@ def cache_bytes(
     precision: str = "float32",
     device: str = "cuda",
 ) -> int:
-    """Bytes of a `StreamCache` for each row of `context` tokens (Design 3.8).
+    """Bytes of a `StreamCache` for each row of `context` tokens (method: Cache).
 
     A layer keeps for each of its streams keys and values, a head as wide as it enters the product, and the token's
     ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
@@ -380,7 +380,7 @@ def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, dev
 
 
 def _is_scored(config: ThoughtbubblesConfig, layer: int) -> bool:
-    """Whether the log scores of a layer's streams attenuate it (Design 3.5)."""
+    """Whether the log scores of a layer's streams attenuate it (method: Attenuation)."""
     return config.attenuation != "none" and any(fork <= layer for fork in config.gated_layers)
 
 

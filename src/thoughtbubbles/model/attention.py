@@ -1,4 +1,4 @@
-"""Rotary embedding at fractional positions and attenuated causal attention (Design 3.4, 3.5).
+"""Rotary embedding at fractional positions and attenuated causal attention (method: Positions, Attenuation).
 
 Shape letters: B batch, N streams, D hidden size, H heads, K head size.
 """
@@ -15,7 +15,7 @@ from .configuration import ThoughtbubblesConfig
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, N, K / 2] for float positions [B, N], in the positions' type (Design 3.4)."""
+    """Cosines and sines [B, 1, N, K / 2] for float positions [B, N], in the positions' type (method: Positions)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim
     angles = positions[:, None, :, None] * theta**-exponents
     return angles.cos(), angles.sin()
@@ -37,7 +37,7 @@ def attenuated_attention(
     memory: AttentionMemory | None = None,
     placement: Placement | None = None,
 ) -> Tensor:
-    """Causal attention in packed order over streams with log scores (Design 3.5).
+    """Causal attention in packed order over streams with log scores (method: Attenuation).
 
     Args:
         q, k, v: [B, H, N, K], q and k already rotated.
@@ -116,7 +116,7 @@ def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:
 
 
 class ResidualProjection(nn.Linear):
-    """A linear layer whose output is added to the residual stream: initialised smaller (Design 5.1)."""
+    """A linear layer whose output is added to the residual stream: initialised smaller."""
 
 
 class StreamAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Causal attention in blocks, for bfloat16 on CPUs (Design 3.5).
+"""Causal attention in blocks, for bfloat16 on CPUs (method: Attenuation).
 
 PyTorch's fused CPU kernel does its products of bfloat16 at a fraction of the speed of the library's batched products,
 above all backward. This one is made of those: a block of queries of a few rows at a time against the keys up to its

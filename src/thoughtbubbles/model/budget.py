@@ -1,4 +1,4 @@
-"""The budget: streams per token that may exist, an exact rational (Design 3.3)."""
+"""The budget: streams per token that may exist, an exact rational (method: State)."""
 
 import re
 from fractions import Fraction
@@ -71,7 +71,7 @@ def floor_times(ratio: Fraction, n: int) -> int: ...
 @overload
 def floor_times(ratio: Fraction, n: torch.Tensor) -> torch.Tensor: ...
 def floor_times(ratio: Fraction, n: int | torch.Tensor) -> int | torch.Tensor:
-    """floor(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (Design 3.3)."""
+    """floor(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (method: State)."""
     bound, _ = _neighbours(ratio)
     return bound.numerator * n // bound.denominator
 
@@ -81,7 +81,7 @@ def ceil_times(ratio: Fraction, n: int) -> int: ...
 @overload
 def ceil_times(ratio: Fraction, n: torch.Tensor) -> torch.Tensor: ...
 def ceil_times(ratio: Fraction, n: int | torch.Tensor) -> int | torch.Tensor:
-    """ceil(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (Design 3.3)."""
+    """ceil(ratio * n) in integer arithmetic, exact for 0 <= n <= 2**24 (method: State)."""
     _, bound = _neighbours(ratio)
     return -(-bound.numerator * n // bound.denominator)
 

@@ -1,4 +1,4 @@
-"""The cache of exact decoding (Design 3.8).
+"""The cache of exact decoding (method: Cache).
 
 With causal routing nothing about a past token ever changes, so everything that later tokens need of it can be kept:
 keys and values of its streams, and at each fork layer the scores that its candidates competed with.
@@ -200,7 +200,7 @@ class CreditMemory(_RowMemory):
 
 
 class StreamCache(Cache):
-    """Everything that decoding needs of the tokens so far (Design 3.8).
+    """Everything that decoding needs of the tokens so far (method: Cache).
 
     Pass an empty one as `cache`; `generate` does so by itself. It serves one model at one budget.
     """

@@ -1,4 +1,4 @@
-"""Configuration of a Thoughtbubbles model and its presets (Design 5.1)."""
+"""Configuration of a Thoughtbubbles model and its presets."""
 
 import math
 from collections.abc import Callable
@@ -36,14 +36,14 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         use_bias: biases in the linear layers of the blocks and in every LayerNorm.
         layer_norm_eps: added to the variance in every LayerNorm.
         hidden_dropout: dropout probability on embeddings and on every residual update.
-        rope_theta: base of the rotary frequencies (Design 3.4).
+        rope_theta: base of the rotary frequencies (method: Positions).
         max_position_embeddings: the longest row in tokens, padding included; longer input is a ValueError.
         initializer_range: standard deviation of normal initialisation; output projections into the residual
             stream use initializer_range / sqrt(2 L).
         fork_layers: 0-based indices of the layers whose input passes a gate and routing; None is a quarter,
             a half and three quarters of the depth. Without effect when routing is `none`, `copy` or `pause`.
         budget: streams per token that may exist, at least 1, taken as the exact rational of its decimal text
-            (Design 3.3). The default at run time; `forward(budget=...)` overrides it. A whole number when routing is
+            (method: State). The default at run time; `forward(budget=...)` overrides it. A whole number when routing is
             `copy` or `pause`; no later budget of `pause` may be larger.
         routing: `causal` (exactly left to right), `threshold` (the same with a threshold in the place of ranks, which
             training sets), `topk` (the paper's, whole row) or `none` (dense); or a control that learns no choice:
@@ -55,11 +55,11 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         routing_seed: of the hash of `random` and `uniform`, from 0 to 2^32 - 1. Without effect otherwise.
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
         gate_scores: `learned`; `forks`: as learned, but keeping a root costs nothing, so that no root is ever
-            attenuated; or the control `fixed`: every gate scores one half, whatever the stream (Design 3.2).
+            attenuated; or the control `fixed`: every gate scores one half, whatever the stream (method: Gate).
         fork_embedding: `absolute`, or `relative`: scaled by the root mean square of the residual that it is added to,
-            and drawn large, so that a fork is no copy of its source (Design 3.2).
-        attenuation: `paper`, `released` or `none` (Design 3.5).
-        merge: `residual`, `residual-normed`, `probability` or `root` (Design 3.6). For `copy` and `pause`, whose
+            and drawn large, so that a fork is no copy of its source (method: Gate).
+        attenuation: `paper`, `released` or `none` (method: Attenuation).
+        merge: `residual`, `residual-normed`, `probability` or `root` (method: Merge). For `copy` and `pause`, whose
             streams have no scores, all but `root` take the mean over the streams of a token.
         tie_word_embeddings: the unembedding is the embedding.
         bos_token_id, eos_token_id, pad_token_id: token ids of the vocabulary, or None. eos_token_id may be several.

@@ -1,4 +1,4 @@
-"""The controls of Design 3.3: `random` and `uniform` admission by a hash, and the streams of `copy` and `pause`.
+"""The controls (method: Controls): `random` and `uniform` admission by a hash, and the streams of `copy` and `pause`.
 
 They ask what a learned choice of forks is worth beside one that knows nothing.
 
@@ -25,7 +25,7 @@ _MASK = 2**32 - 1
 def draw_scores(token: Tensor, layer: int, seed: int, step: Tensor | int = 0) -> Tensor:
     """[B, M] float64 in [0, 1): a hash of seed, step, layer, ordinal and place among the candidates of the token.
 
-    The same on every device and in every batch (Design 3.3, `random`).
+    The same on every device and in every batch (method: Controls).
 
     Args:
         token: [B, M] int64 ordinals of the candidates in the whole row, non-decreasing.
@@ -67,7 +67,7 @@ def _mix(x: Tensor | int) -> Tensor | int:
 
 @torch.no_grad()
 def route_uniform(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
-    """Evenly: token t admits a(t) - a(t - 1) of its optional candidates, those of greatest score (Design 3.3).
+    """Evenly: token t admits a(t) - a(t - 1) of its optional candidates, those of greatest score (method: Controls).
 
     A router like those of `routing`, where the arguments are explained. Each token is routed by itself.
     """
@@ -83,7 +83,7 @@ ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk, "unifo
 
 
 class StreamCopier(nn.Module):
-    """Makes every token as many streams as the budget says, of log score 0 (Design 3.3, `copy` and `pause`).
+    """Makes every token as many streams as the budget says, of log score 0 (method: Controls).
 
     `copy` repeats the token's residual. `pause` leaves it leftmost and lets learned vectors follow it, one a place;
     the last of them is the root.

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the authors' PyTorch release (Design 5.1)."""
+"""Reading checkpoints of the authors' PyTorch release."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What `generate` of transformers has to know about streams and the longest row (Design 3.8)."""
+"""What `generate` of transformers has to know about streams and the longest row (method: Cache)."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""The gate before a fork layer: scores, survivors, fork embedding (Design 3.2)."""
+"""The gate before a fork layer: scores, survivors, fork embedding (method: Gate)."""
 
 import math
 from fractions import Fraction
@@ -20,7 +20,7 @@ AnyMemory = ForkMemory | CreditMemory | None
 
 
 class ForkGate(nn.Module):
-    """Scores a fork and a keep of every stream and lets the router choose who goes on (Design 3.2)."""
+    """Scores a fork and a keep of every stream and lets the router choose who goes on (method: Gate)."""
 
     def __init__(self, config: ThoughtbubblesConfig, layer: int = 0) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class ForkGate(nn.Module):
             init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
     def forward(self, streams: Streams, budget: Fraction, memory: AnyMemory = None, step: Tensor | int = 0) -> Streams:
-        """The streams that enter the fork layer's block, at most N' of them a row (Design 3.1).
+        """The streams that enter the fork layer's block, at most N' of them a row (method: State).
 
-        With the memory of a cache the causal rule goes on from what it holds, in place of topk too (Design 3.8), the
+        With the memory of a cache the causal rule goes on from what it holds, in place of topk too (method: Cache), the
         new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`.
         """
         scores = self.candidate_scores(streams)

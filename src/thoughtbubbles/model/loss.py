@@ -1,4 +1,4 @@
-"""The language-modelling loss: each real token against the next real token of its row (Design 3.7).
+"""The language-modelling loss: each real token against the next real token of its row (method: Padding).
 
 Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary, R = B T or B N, C rows of a chunk.
 """

@@ -1,4 +1,4 @@
-"""The Thoughtbubbles decoder as transformers models (Design 3, 5.1).
+"""The Thoughtbubbles decoder as transformers models.
 
 Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary.
 """
@@ -54,7 +54,7 @@ class ThoughtbubblesModelOutput(ModelOutput):
         streams: if asked for, L + 1 `Streams`: entering each block, after its gate, and leaving the last. Where blocks
             are applied several times, L counts each time.
         final_streams: the streams leaving the last block.
-        merge_is_weighted: whether the merge weighs them by p (Design 3.6).
+        merge_is_weighted: whether the merge weighs them by p (method: Merge).
         columns: where the real tokens stand; None without an attention mask.
         cache: if one was given or asked for; also `past_key_values`, its name before transformers 5.24.
     """
@@ -106,7 +106,7 @@ class ThoughtbubblesMLP(nn.Module):
 
 
 class ThoughtbubblesBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP, their updates scaled by each stream's p (Design 3.5)."""
+    """Pre-norm attention and MLP, their updates scaled by each stream's p (method: Attenuation)."""
 
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__()
@@ -191,12 +191,12 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
 
         Args:
             input_ids: [B, T] int64; or else `inputs_embeds` [B, T, D].
-            attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (Design 3.7). With
-                a filled cache [B, past + T].
-            cache: to go on from and to add to (Design 3.8); an empty one to begin with.
+            attention_mask: [B, T], non-zero at real tokens; holes and padding may stand anywhere (method: Padding).
+                With a filled cache [B, past + T].
+            cache: to go on from and to add to (method: Cache); an empty one to begin with.
             use_cache: whether to make and return a cache where none is given; None is what the configuration says in
                 its `use_cache`, and no where it says nothing.
-            budget: streams per token, in place of the configured budget (Design 3.9).
+            budget: streams per token, in place of the configured budget (method: Budget at test time).
             output_hidden_states: also return the roots at every layer.
             output_streams: also return the streams at every layer.
             past_key_values: another name of `cache`, that of transformers before 5.24.
@@ -242,7 +242,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         blocks = [*self.layers[: config.num_hidden_layers]]
         for index, block in enumerate(blocks * config.num_loops):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
-            # choose other survivors (Design 3.2).
+            # choose other survivors (method: Gate).
             if index in config.gated_layers:
                 streams = self.gates[str(index)](streams, kappa, None if cache is None else cache.forks[index], step)
             elif self.copier is not None and index in config.copied_layers:
@@ -312,7 +312,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         return Streams.from_embeddings(self.dropout(embeddings), None if columns is None else columns.alive, offset)
 
     def _attenuation(self, streams: Streams, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """The scores [B, N] that attention sees at a layer, and the weights [B, N] of its updates (Design 3.5)."""
+        """The scores [B, N] that attention sees at a layer, the weights [B, N] of its updates (method: Attenuation)."""
         config, gated = self.config, self.config.gated_layers
         forked = bool(gated) and layer >= gated[0]
         scored = forked and config.attenuation != "none"
@@ -332,7 +332,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         return bool(self.config.gated_layers) and (self.config.attenuation != "released" or kappa != 1)
 
     def _merge(self, streams: Streams, weighted: bool, copies: int) -> Tensor:
-        """[B, T, D] in token order: merged and normed (Design 3.6). Copies, as many to each token, are averaged."""
+        """[B, T, D] in token order: merged and normed (method: Merge). Copies, as many to each token, are averaged."""
         if self.config.merge == "residual":
             # Shares, since the norm's eps would swallow what many fork layers attenuate; the release takes p.
             weights = streams.shares() if self.config.attenuation != "released" else streams.log_score.exp()
@@ -378,8 +378,8 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
 
         Args:
             labels: [B, T] int64, usually the input ids: shifted inside, each real token against the label of the
-                next real token of its row; -100 and padding are ignored (Design 3.7). With nothing else the loss is
-                nan, as torch's cross-entropy is, and its gradients are zero.
+                next real token of its row; -100 and padding are ignored (method: Padding). With nothing else the loss
+                is nan, as torch's cross-entropy is, and its gradients are zero.
             logits_to_keep: only the last so many columns' logits, or those at the given indices; 0 is all.
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets.
             return_logits: False returns the loss alone, for which some rows' logits are held at a time.

@@ -1,9 +1,9 @@
-"""The slow, obvious version of the whole forward: Design 3 as code, to test every fast path against.
+"""The slow, obvious version of the whole forward: docs/method.md as code, to test every fast path against.
 
 Everything is float64 and stands in Python lists: rows, tokens and streams are looped over, so there is no
 padding, no packing and no mask here. It shares no code with the fast paths, on purpose.
 
-Shape letters (Design 2): B batch, T tokens, N streams of one row, M = 2N candidates, D hidden size,
+Shape letters: B batch, T tokens, N streams of one row, M = 2N candidates, D hidden size,
 H heads, K head size, V vocabulary, L layers.
 """
 
@@ -30,7 +30,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class ReferenceStream:
-    """One stream of one row (Design 3.1)."""
+    """One stream of one row (method: State)."""
 
     residual: Tensor  # [D]
     log_score: Tensor  # scalar, natural log of the cumulative score
@@ -40,7 +40,7 @@ class ReferenceStream:
 
 @dataclass(frozen=True)
 class ReferenceFork:
-    """What one fork layer did to one row (Design 3.2, 3.3)."""
+    """What one fork layer did to one row (method: Gate, Routing)."""
 
     candidate_scores: Tensor  # [M] log scores, each stream's (fork, keep) where the stream stood
     rivals: list[float]  # [M] what the router ranked them by: these scores, or a hash
@@ -84,18 +84,18 @@ class _Model:
         return F.layer_norm(x, x.shape, weight, bias, self.config.layer_norm_eps)
 
 
-# --- Routing (Design 3.3) ---
+# --- Routing ---
 
 
 def on_grid(score: float) -> float:
-    """Return the nearest multiple of `GRID`, halves to even (Design 3.3)."""
+    """Return the nearest multiple of `GRID`, halves to even (method: Routing)."""
     return round(score / GRID) * GRID
 
 
 def route_causal(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
 ) -> list[bool]:
-    """Choose survivors by the causal rule, steps 1 and 2 literally (Design 3.3).
+    """Choose survivors by the causal rule, steps 1 and 2 literally (method: Routing).
 
     All arguments have length M and describe alive candidates in packed order; so does the result.
     """
@@ -125,7 +125,7 @@ def route_causal(
 def route_threshold(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction, threshold: float
 ) -> list[bool]:
-    """Choose survivors among those who reach the threshold, until the credit is spent (Design 3.3).
+    """Choose survivors among those who reach the threshold, until the credit is spent (method: Routing).
 
     Arguments as for `route_causal`; `threshold` is a log score.
     """
@@ -141,7 +141,7 @@ def route_threshold(
 
 
 def calibrated_threshold(reached: Sequence[float], budget: Fraction, forks_before: int) -> float:
-    """Return the least score that a fork layer admits, by the running histogram of its scores (Design 3.3).
+    """Return the least score that a fork layer admits, by the running histogram of its scores (method: Routing).
 
     `reached` [2048] are the shares of the optional candidates with scores above -1/64, -2/64 and so on.
     """
@@ -157,7 +157,7 @@ def calibrated_threshold(reached: Sequence[float], budget: Fraction, forks_befor
 def route_topk(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
 ) -> list[bool]:
-    """Choose survivors by the paper's rule, over the whole row (Design 3.3).
+    """Choose survivors by the paper's rule, over the whole row (method: Routing).
 
     Arguments as for `route_causal`; `tokens` plays no part.
     """
@@ -174,7 +174,7 @@ def route_topk(
 def route_uniform(
     scores: Sequence[float], tokens: Sequence[int], optional: Sequence[bool], budget: Fraction
 ) -> list[bool]:
-    """Choose survivors evenly: token t admits a(t) - a(t - 1) of its optional candidates (Design 3.3).
+    """Choose survivors evenly: token t admits a(t) - a(t - 1) of its optional candidates (method: Controls).
 
     Arguments as for `route_causal`.
     """
@@ -199,14 +199,14 @@ def route(
     budget: Fraction,
     threshold: float,
 ) -> list[bool]:
-    """Choose survivors by the rule of that name (Design 3.3); `threshold` is for the rule `threshold` alone."""
+    """Choose survivors by the rule of that name (method: Routing); `threshold` is for the rule `threshold` alone."""
     if rule == "threshold":
         return route_threshold(scores, tokens, optional, budget, threshold)
     return ROUTERS[rule](scores, tokens, optional, budget)
 
 
 def draw(seed: int, step: int, layer: int, token: int, place: int) -> float:
-    """Hash the counters of one candidate to a score in [0, 1) (Design 3.3, `random`)."""
+    """Hash the counters of one candidate to a score in [0, 1) (method: Controls)."""
     lanes = []
     for lane in (0x9E3779B9, 0x85EBCA6B):
         for counter in (seed, step, layer, token, place):
@@ -220,7 +220,7 @@ def draw(seed: int, step: int, layer: int, token: int, place: int) -> float:
 
 
 def _rivals(model: _Model, layer: int, tokens: list[int], scores: list[Tensor]) -> list[float]:
-    """Return what the M candidates are ranked by (Design 3.3)."""
+    """Return what the M candidates are ranked by (method: Routing)."""
     if model.config.routing not in ("random", "uniform"):
         return [score.item() for score in scores]
     places = [tokens[:c].count(token) for c, token in enumerate(tokens)]
@@ -230,7 +230,7 @@ def _rivals(model: _Model, layer: int, tokens: list[int], scores: list[Tensor]) 
 
 
 def _threshold(model: _Model, layer: int) -> float:
-    """Return the least score that is eligible at a fork layer: any, before training set one (Design 3.3)."""
+    """Return the least score that is eligible at a fork layer: any, before training set one (method: Routing)."""
     histogram = f"model.gates.{layer}.histogram"
     if model.parameters[f"{histogram}.updates"] == 0:
         return -math.inf
@@ -238,11 +238,11 @@ def _threshold(model: _Model, layer: int) -> float:
     return calibrated_threshold(model.parameters[f"{histogram}.reached"].tolist(), model.budget, forks_before)
 
 
-# --- Gate (Design 3.2) ---
+# --- Gate ---
 
 
 def _candidate_scores(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[Tensor]:
-    """Return the M candidate log scores: of every stream the fork's, then the keep's (Design 3.2)."""
+    """Return the M candidate log scores: of every stream the fork's, then the keep's (method: Gate)."""
     scores: list[Tensor] = []
     for stream in streams:
         if model.config.gate_scores == "fixed":
@@ -259,7 +259,7 @@ def _candidate_scores(model: _Model, layer: int, streams: list[ReferenceStream])
 def _fork(
     model: _Model, layer: int, streams: list[ReferenceStream], given: Sequence[int] | None
 ) -> tuple[list[ReferenceStream], ReferenceFork]:
-    """Apply gate and routing, or the `given` survivors, to one row (Design 3.2, 3.3, 3.10)."""
+    """Apply gate and routing, or the `given` survivors, to one row (method: Gate, Routing)."""
     scores = _candidate_scores(model, layer, streams)
     tokens = [stream.token for stream in streams for _ in range(2)]
     optional = [choice for stream in streams for choice in (True, not stream.is_root)]
@@ -290,7 +290,7 @@ def _fork(
 
 
 def _copy(model: _Model, copies: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:
-    """Turn each stream into `copies` of them, or into itself and pauses (Design 3.3, `copy` and `pause`)."""
+    """Turn each stream into `copies` of them, or into itself and pauses (method: Controls)."""
     copied = []
     for stream in streams:
         for place in range(copies):
@@ -301,11 +301,11 @@ def _copy(model: _Model, copies: int, streams: list[ReferenceStream]) -> list[Re
     return copied
 
 
-# --- Positions (Design 3.4) and attention (Design 3.5) ---
+# --- Positions and attention ---
 
 
 def bubble_positions(tokens: Sequence[int]) -> list[Fraction]:
-    """Return the exact rotary position of every stream, given its token's ordinal (Design 3.4)."""
+    """Return the exact rotary position of every stream, given its token's ordinal (method: Positions)."""
     positions = []
     for index, token in enumerate(tokens):
         place = tokens[: index + 1].count(token)
@@ -314,7 +314,7 @@ def bubble_positions(tokens: Sequence[int]) -> list[Fraction]:
 
 
 def _rotate(x: Tensor, position: Fraction, theta: float) -> Tensor:
-    """Rotate every head of x [H, K] to a position; channel j pairs with j + K/2 (Design 3.4)."""
+    """Rotate every head of x [H, K] to a position; channel j pairs with j + K/2 (method: Positions)."""
     half = x.shape[-1] // 2
     inverse_frequency = theta ** (-2 * torch.arange(half, dtype=torch.float64, device=x.device) / x.shape[-1])
     angle = float(position) * inverse_frequency
@@ -324,19 +324,19 @@ def _rotate(x: Tensor, position: Fraction, theta: float) -> Tensor:
 
 
 def _with_last_channel(x: Tensor, value: Tensor) -> Tensor:
-    """Replace the last channel of every head of x [H, K] by a scalar (Design 3.5, released)."""
+    """Replace the last channel of every head of x [H, K] by a scalar (method: Attenuation, `released`)."""
     return torch.cat([x[:, :-1], value.expand(x.shape[0], 1)], dim=-1)
 
 
 def _update_weight(model: _Model, stream: ReferenceStream) -> Tensor:
-    """Return p, the weight of a stream's updates and values: a scalar (Design 3.5)."""
+    """Return p, the weight of a stream's updates and values: a scalar (method: Attenuation)."""
     if model.config.attenuation == "none":
         return torch.ones_like(stream.log_score)
     return stream.log_score.exp()
 
 
 def _project(model: _Model, layer: int, stream: ReferenceStream, position: Fraction) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and attenuated value of one stream, [H, K] each (Design 3.4, 3.5)."""
+    """Return query, key and attenuated value of one stream, [H, K] each (method: Positions, Attenuation)."""
     heads = model.config.num_attention_heads
     normed = model.layer_norm(f"model.layers.{layer}.attention_norm", stream.residual)
     q, k, v = model.linear(f"model.layers.{layer}.attention.qkv_proj", normed).view(3, heads, -1)
@@ -348,7 +348,7 @@ def _project(model: _Model, layer: int, stream: ReferenceStream, position: Fract
 
 
 def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[Tensor]:
-    """Return Attention(LayerNorm(x)) of every stream: N vectors [D] (Design 3.5)."""
+    """Return Attention(LayerNorm(x)) of every stream: N vectors [D] (method: Attenuation)."""
     if not streams:
         return []
     positions = bubble_positions([stream.token for stream in streams])
@@ -369,29 +369,29 @@ def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> lis
 
 
 def _mlp(model: _Model, layer: int, stream: ReferenceStream) -> Tensor:
-    """Return MLP(LayerNorm(x)) of one stream: [D] (Design 3.5)."""
+    """Return MLP(LayerNorm(x)) of one stream: [D] (method: Attenuation)."""
     normed = model.layer_norm(f"model.layers.{layer}.mlp_norm", stream.residual)
     hidden = F.gelu(model.linear(f"model.layers.{layer}.mlp.up_proj", normed))
     return model.linear(f"model.layers.{layer}.mlp.down_proj", hidden)
 
 
 def _updated(model: _Model, stream: ReferenceStream, update: Tensor) -> ReferenceStream:
-    """Return the stream with x + p * update as its residual (Design 3.5)."""
+    """Return the stream with x + p * update as its residual (method: Attenuation)."""
     return replace(stream, residual=stream.residual + _update_weight(model, stream) * update)
 
 
 def _block(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:
-    """Apply one transformer block to the streams of one row (Design 3.5)."""
+    """Apply one transformer block to the streams of one row (method: Attenuation)."""
     updates = _attention(model, layer, streams)
     streams = [_updated(model, stream, update) for stream, update in zip(streams, updates, strict=True)]
     return [_updated(model, stream, _mlp(model, layer, stream)) for stream in streams]
 
 
-# --- Merge (Design 3.6) ---
+# --- Merge ---
 
 
 def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tensor:
-    """Turn the streams of one token into its logits [V] (Design 3.6)."""
+    """Turn the streams of one token into its logits [V] (method: Merge)."""
     embedding = model.parameters["model.embed_tokens.weight"]
     unembedding = model.parameters.get("lm_head.weight", embedding)
     # Where the released code skips the weighting, every stream counts as if its log score were 0.
@@ -419,7 +419,7 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
 def _row_forward(
     model: _Model, token_ids: list[int], given: Mapping[int, Sequence[int]] | None, weighted: bool
 ) -> tuple[list[Tensor], list[list[ReferenceStream]], dict[int, ReferenceFork]]:
-    """Run one row of n real tokens: n logits [V], the states around each of the L blocks, the forks (Design 3.1)."""
+    """Run one row of n real tokens: n logits [V], the states around each of the L blocks, the forks (method: State)."""
     embedding = model.parameters["model.embed_tokens.weight"]
     streams = [
         ReferenceStream(embedding[token_id], embedding.new_zeros(()), ordinal, True)
@@ -439,7 +439,7 @@ def _row_forward(
 
 
 def _row_losses(logits: list[Tensor], labels: list[int]) -> list[Tensor]:
-    """Score the logits of each real token against the label of the next one (Design 3.7)."""
+    """Score the logits of each real token against the label of the next one (method: Padding)."""
     return [
         F.cross_entropy(token_logits, torch.tensor(label, device=token_logits.device))
         for token_logits, label in zip(logits[:-1], labels[1:], strict=True)
@@ -452,7 +452,7 @@ def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any, routing_s
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {getattr(config, name)!r}")
-    # The decimal text makes 1.2 exactly 6/5, which the float is not (Design 3.3).
+    # The decimal text makes 1.2 exactly 6/5, which the float is not (method: State).
     exact_budget = Fraction(str(config.budget if budget is None else budget))
     if exact_budget < 1:
         raise ValueError(f"budget: expected a ratio of at least 1, got {exact_budget}")
@@ -476,23 +476,23 @@ def reference_forward(
     survivors: Sequence[Mapping[int, Sequence[int]]] | None = None,
     routing_step: int = 0,
 ) -> ReferenceOutput:
-    """Run the forward of Design 3 on [B, T] token ids, slowly and in float64; differentiable.
+    """Run the forward on [B, T] token ids, slowly and in float64; differentiable.
 
     Args:
         config: any object with the attributes of `ThoughtbubblesConfig`.
         parameters: a state dict by name; gradients flow to whatever in it requires them.
         input_ids: [B, T] token ids.
         attention_mask: [B, T], nonzero at real tokens, anywhere in the row; all real where None.
-        labels: [B, T], the token ids themselves: the shift happens here (Design 3.7).
-        budget: used instead of `config.budget` (Design 3.9).
+        labels: [B, T], the token ids themselves: the shift happens here (method: Padding).
+        budget: used instead of `config.budget` (method: Budget at test time).
         survivors: per row and fork layer the candidate indices that survive, instead of the router's
-            decision (Design 3.10); then every row and fork layer needs its entry.
+            decision (method: Near ties); then every row and fork layer needs its entry.
         routing_step: the optimizer step by which `random` and `uniform` draw; 0 is evaluation.
     """
     model = _model(config, parameters, budget, routing_step)
     rows, length = input_ids.shape
     # The released code skips the weighting where the width stays that of the input. Under its own rule, ceil(kappa T)
-    # streams, that is the case at budget 1 alone; so decided, no logit depends on the padding (Design 3.6, 3.7).
+    # streams, that is the case at budget 1 alone; so decided, no logit depends on the padding (method: Merge, Padding).
     weighted = config.attenuation != "released" or model.budget != 1
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padding = model.parameters["model.embed_tokens.weight"].new_zeros(config.vocab_size)

@@ -1,4 +1,4 @@
-"""Routers: which candidates of a fork layer survive (Design 3.3).
+"""Routers: which candidates of a fork layer survive (method: Routing).
 
 A router is a pure function of the candidates' scores, never of residuals. All of them take
 
@@ -8,7 +8,7 @@ A router is a pure function of the candidates' scores, never of residuals. All o
     alive     [B, M] bool
     budget    the exact rational kappa
 
-The causal rule can also go on from a past (Design 3.8).
+The causal rule can also go on from a past (method: Cache).
 
 and return survive [B, M] bool. The keeps of roots survive every rule, order is preserved, ties go to the
 leftmost. Scores are compared on a grid (`on_grid`).
@@ -44,7 +44,7 @@ def route_causal(
     past_scores: Tensor | None = None,
     past_admitted: Tensor | None = None,
 ) -> Tensor:
-    """Left to right within an allowance: no decision depends on a later token (Design 3.3, `causal`).
+    """Left to right within an allowance: no decision depends on a later token (method: Routing).
 
     Both steps of the rule are evaluated in visiting order: by token, and by descending score within one.
 
@@ -70,7 +70,7 @@ def route_causal(
 
 @torch.no_grad()
 def route_topk(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
-    """The paper's rule: the ceil(kappa n) best of the whole row of n tokens, roots first (Design 3.3, `topk`).
+    """The paper's rule: the ceil(kappa n) best of the whole row of n tokens, roots first (method: Routing).
 
     It leaks: whether an early fork survives depends on later tokens.
     """
@@ -80,7 +80,7 @@ def route_topk(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, b
 
 
 def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fraction) -> int:
-    """N' = min(2N, floor(kappa T)), ceil for topk: static for a shape, whatever the content (Design 3.1)."""
+    """N' = min(2N, floor(kappa T)), ceil for topk: static for a shape, whatever the content (method: State)."""
     round_ = ceil_times if routing == "topk" else floor_times
     return min(2 * width, round_(budget, num_tokens))
 
@@ -99,12 +99,12 @@ def visiting_order(rank: Tensor, token: Tensor, alive: Tensor) -> Tensor:
 
 
 def allowances(budget: Fraction, token: Tensor) -> Tensor:
-    """a(t) of Design 3.3 for ordinals [B, M]: how many optional candidates tokens 0..t may have admitted."""
+    """a(t) for ordinals [B, M] (method: Routing): how many optional candidates tokens 0..t may have admitted."""
     return floor_times(budget - 1, token + 1)
 
 
 def admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor | int) -> Tensor:
-    """Step 2 of the causal rule in closed form (Design 3.3); [B, M] in visiting order, credit used before [B, 1]."""
+    """Step 2 of the causal rule in closed form (method: Routing): [B, M] in visiting order, credit used [B, 1]."""
     visited = eligible.cumsum(1)
     slack = torch.where(eligible, allowance - credit_used - visited, 0)
     admitted_so_far = visited + slack.cummin(1).values.clamp(max=0)

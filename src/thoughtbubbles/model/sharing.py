@@ -1,4 +1,4 @@
-"""Sharing a model: its code beside its weights, and its card (Design 5.1).
+"""Sharing a model: its code beside its weights, and its card.
 
 A folder that `save_pretrained` wrote also loads where this package is not installed, with `trust_remote_code=True`: the
 files of the model stand beside the weights and config.json names the classes in them. So that the copies find each

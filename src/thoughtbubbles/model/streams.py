@@ -1,6 +1,6 @@
 """The state that flows between layers: residual streams, their positions and their merge.
 
-Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary (Design 2).
+Shape letters: B batch, T tokens, N streams, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Streams:
-    """Residual streams of a batch, packed left in the order of their tokens (Design 3.1).
+    """Residual streams of a batch, packed left in the order of their tokens (method: State).
 
     Attributes:
         residual: [B, N, D], zero in dead slots.
@@ -70,7 +70,7 @@ class Streams:
         return self.token if self.offset is None else self.token + self.offset
 
     def positions(self) -> Tensor:
-        """[B, N] float positions of Design 3.4: the i-th of c streams of ordinal t stands at t + i / c."""
+        """[B, N] float positions (method: Positions): the i-th of c streams of ordinal t stands at t + i / c."""
         token = self.token.contiguous()
         first = torch.searchsorted(token, token)
         end = torch.searchsorted(token, token, right=True)
@@ -157,7 +157,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """Where the real tokens of a row stand among its columns (Design 3.1).
+    """Where the real tokens of a row stand among its columns (method: State).
 
     Attributes:
         column: [B, T] int64, the column of each ordinal; past a row's last token, its padding columns.

@@ -1,4 +1,4 @@
-"""The calibrated causal rule: forks whose scores reach the threshold of their layer (Design 3.3, `threshold`).
+"""The calibrated causal rule: forks whose scores reach the threshold of their layer (method: Routing).
 
 Shape letters: B batch, M candidates.
 """

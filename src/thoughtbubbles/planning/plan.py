@@ -1,4 +1,4 @@
-"""What a model will cost before it is trained: the report of `thoughtbubbles plan` (Design 5.2).
+"""What a model will cost before it is trained: the report of `thoughtbubbles plan`.
 
 The numbers of one row or token come from `accounting`; here they become those of a run on a device.
 """

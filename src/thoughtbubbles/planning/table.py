@@ -1,4 +1,4 @@
-"""A plan as tables for people (Design 5.2)."""
+"""A plan as tables for people."""
 
 from collections.abc import Callable, Iterator
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file a run, every key checked (Design 5.2)."""
+"""Recipes: one YAML file a run, every key checked."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""What is compared: the variants of a recipe (Design 3.3)."""
+"""What is compared: the variants of a recipe (method: Controls)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

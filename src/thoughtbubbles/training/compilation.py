@@ -1,4 +1,4 @@
-"""torch.compile for training and evaluation (Design 3.9)."""
+"""torch.compile for training and evaluation."""
 
 import warnings
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from thoughtbubbles.support.sampling import draw
 
 
 def budget_of_step(budgets: Sequence[Budget], seed: int, step: int) -> Budget:
-    """The budget of an optimizer step, 1-based, drawn from the list by (seed, step) alone (Design 3.9)."""
+    """The budget of an optimizer step, 1-based, drawn from the list by (seed, step) alone."""
     return budgets[int.from_bytes(draw(seed, "budget", str(step).encode())[:8], "big") % len(budgets)]
 
 

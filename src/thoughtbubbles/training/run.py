@@ -1,4 +1,4 @@
-"""A training run: from a recipe to metrics, checkpoints and a trained model (Design 5.2)."""
+"""A training run: from a recipe to metrics, checkpoints and a trained model."""
 
 import json
 from collections.abc import Iterator, Sequence

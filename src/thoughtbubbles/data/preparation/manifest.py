@@ -148,7 +148,7 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds (Design 4).
+    """What a prepared folder holds.
 
     Attributes:
         format_version: of the folder's layout.

@@ -38,7 +38,7 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Read documents, tokenise them, and write blocks of token ids for training and validation (Design 4, 7).
+    """Read documents, tokenise them, and write blocks of token ids for training and validation.
 
     Documents, each after a separator, are concatenated and cut into blocks, those of train in an order
     shuffled by the seed. Attention and routing credit cross document borders inside a block. The tokens left over

@@ -19,7 +19,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Blocks of tokens for training and validation (Design 4).
+    """Blocks of tokens for training and validation.
 
     Attributes:
         path: the prepared folder.

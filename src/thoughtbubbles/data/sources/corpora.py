@@ -1,4 +1,4 @@
-"""Corpora: from the name of a source to the files or the dataset that it stands for (Design 7)."""
+"""Corpora: from the name of a source to the files or the dataset that it stands for."""
 
 import glob
 import os
