@@ -11,10 +11,9 @@ from torch import Tensor
 
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.attention import rotary_angles
-from thoughtbubbles.model.controls import ROUTERS
 from thoughtbubbles.model.gate import ForkGate, pack_left
 from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
-from thoughtbubbles.model.routing import width_after_routing
+from thoughtbubbles.model.routing import Candidates
 from thoughtbubbles.model.streams import Streams
 
 ROUNDS = 3
@@ -93,11 +92,11 @@ def _gate_works(gate: ForkGate, streams: Streams, kappa: Any) -> Iterator[tuple[
     yield "gate", lambda: gate.candidate_scores(streams)
     scores = gate.candidate_scores(streams).detach().requires_grad_()
     token, alive = (each.repeat_interleave(2, dim=1) for each in (streams.token, streams.alive))
-    width = width_after_routing(gate.rule, streams.token.shape[1], streams.num_tokens, kappa)
+    width = gate.config.rule.width_after(streams.token.shape[1], streams.num_tokens, kappa)
 
     def route() -> Tensor:
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
-        return ROUTERS[gate.rule](scores.detach(), token, optional, alive, kappa)
+        return gate.router.whole(Candidates(scores.detach(), token, optional, alive, kappa))
 
     yield "routing", route
     survive = route()

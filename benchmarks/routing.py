@@ -24,9 +24,9 @@ from memory import peak_bytes
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.model.attention import attenuated_attention, rotary_angles
 from thoughtbubbles.model.budget import parse_budget
-from thoughtbubbles.model.controls import ROUTERS
 from thoughtbubbles.model.gate import pack_left
 from thoughtbubbles.model.modeling import ThoughtbubblesBlock
+from thoughtbubbles.model.routing import route_causal, route_topk
 from thoughtbubbles.model.streams import Streams
 from thoughtbubbles.model.threshold import route_threshold, share_admitted
 from thoughtbubbles.support.files import json_text
@@ -79,7 +79,7 @@ def measure(router: str, budget: Fraction, length: int, arguments: argparse.Name
     scores = -torch.rand(token.shape, device=arguments.device)
     # Scores are even in (-1, 0]: the threshold lets pass what the last fork layer can admit.
     threshold = torch.tensor(-share_admitted(budget, fork=2), device=arguments.device)
-    rule = partial(route_threshold, threshold=threshold) if router == "threshold" else ROUTERS[router]
+    rule = {"causal": route_causal, "topk": route_topk}.get(router, partial(route_threshold, threshold=threshold))
 
     def route() -> tuple[Tensor, Tensor]:
         return pack_left(rule(scores, token, optional, alive, budget), width)

@@ -142,6 +142,11 @@ def recorded_scores(model: ThoughtbubblesForCausalLM) -> Iterator[dict[int, list
         hook.remove()
 
 
+def admission_rule(config: ThoughtbubblesConfig) -> str:
+    """The reference's name of the rule by which gates choose."""
+    return config.random_rule if config.routing == "random" else config.routing
+
+
 def count_flips(fork: ReferenceFork, scores: list[float], rule: str, budget: Fraction) -> int:
     """How many survivors of a fast path are not those that the reference chooses by its own scores (method: Near ties).
 
@@ -192,7 +197,7 @@ def compare_with_reference(
     expected = reference_forward(config, state, ids, mask, labels, budget, survivors, step)
     kappa = config.exact_budget(budget)
     flips = sum(
-        count_flips(fork, scores[layer][row], config.admission_rule, kappa)
+        count_flips(fork, scores[layer][row], admission_rule(config), kappa)
         for row, forks in enumerate(expected.forks)
         for layer, fork in forks.items()
     )

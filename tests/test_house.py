@@ -10,9 +10,9 @@ import thoughtbubbles
 
 SOURCE = Path(thoughtbubbles.__file__).parent
 FLOORS = (
-    ("support", "model", "recipes", "data", "inspection", "app", "serving")
-    + ("training", "evaluation", "planning", "comparison", "cli")
-)  # fmt: skip
+    *("support", "model", "recipes", "data", "inspection", "app", "serving"),
+    *("training", "evaluation", "planning", "comparison", "cli"),
+)
 """Folders, each of which imports itself and those before it."""
 INSIDE_DATA = ("splitting", "tokenizer", "sources", "preparation", "feed", "procedural", "__init__")
 ROOT_FILES = {"__init__.py", "__main__.py", "py.typed"}

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tests.helpers import Case, count_flips, recorded_scores, relative_errors, survivors_of
+from tests.helpers import Case, admission_rule, count_flips, recorded_scores, relative_errors, survivors_of
 from torch import Tensor
 
 from gpu_parts.cases import (
@@ -84,7 +84,7 @@ def survivors(model: ThoughtbubblesForCausalLM, case: Case, reference: Reference
             candidates += len(fork.optional)
             if found[row][layer] != fork.survivors:
                 theirs = replace(fork, survivors=found[row][layer])
-                flips += count_flips(theirs, scores[layer][row], model.config.admission_rule, budget_of(case))
+                flips += count_flips(theirs, scores[layer][row], admission_rule(model.config), budget_of(case))
                 break
     return {"candidates": candidates, "flips": flips}
 

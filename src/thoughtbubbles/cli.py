@@ -360,7 +360,7 @@ def perplexity(
     rows, tokenizer = _validation_blocks(data, model, blocks, text_field)
     size = TextSize.of(tokenizer, rows)
     loaded = load_model(model)
-    modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.admission_rule == "topk")
+    modes = [mode] if mode else ["blockwise"] + ["prefix"] * (loaded.config.leaks)
     results = []
     for each in modes:
         with stage(each, len(rows) * (rows.shape[1] - 1), enabled=not as_json) as bar:

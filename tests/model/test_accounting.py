@@ -25,8 +25,10 @@ from thoughtbubbles.model.accounting import (
     tokens_at_equal_flops,
     training_flops,
 )
-from thoughtbubbles.model.cache import BLOCK, StreamCache
-from thoughtbubbles.model.configuration import MERGES, PRESETS, ROUTINGS
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.configuration import MERGES, PRESETS
+from thoughtbubbles.model.memory import BLOCK
+from thoughtbubbles.model.rules import RULES
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "fork_layers": [1, 2]}
 GATED = ("causal", "threshold", "topk", "random", "uniform")
@@ -36,7 +38,7 @@ SPENDING = [
 ]
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("overrides", [{}, {"use_bias": False}, {"tie_word_embeddings": False}], ids=str)
 def test_parameters_are_those_of_the_model(routing: str, overrides: dict[str, bool]) -> None:
     config = ThoughtbubblesConfig(**SHAPE, routing=routing, **overrides)

@@ -13,7 +13,8 @@ from transformers import DynamicCache, TextStreamer, pipeline
 
 from tests.helpers import LEFT_TO_RIGHT, set_thresholds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.model.cache import BLOCK, RowBuffer, StreamCache
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.memory import BLOCK, RowBuffer
 from thoughtbubbles.model.reference import reference_forward
 
 LENGTH = 23

@@ -210,17 +210,12 @@ def test_pause_has_vectors_for_the_configured_budget() -> None:
 
 
 def test_layers_and_rules_of_the_controls() -> None:
-    rules = [
-        ("causal", "causal"),
-        ("threshold", "threshold"),
-        ("topk", "topk"),
-        ("random", "causal"),
-        ("uniform", "uniform"),
-    ]
-    for routing, rule in rules:
+    for routing in ("causal", "threshold", "topk", "random", "uniform"):
         config = ThoughtbubblesConfig(routing=routing, fork_layers=[3, 7])
-        assert (config.admission_rule, config.gated_layers, config.copied_layers) == (rule, (3, 7), ())
-    assert ThoughtbubblesConfig(routing="random", random_rule="topk").admission_rule == "topk"
+        assert (config.gated_layers, config.copied_layers) == ((3, 7), ())
+        assert (config.rule.leaks, config.rule.learned) == (routing == "topk", routing not in ("random", "uniform"))
+    assert ThoughtbubblesConfig(routing="random", random_rule="topk").leaks
+    assert not ThoughtbubblesConfig(routing="topk", fork_layers=[]).leaks
     assert ThoughtbubblesConfig(routing="copy", copy_layer=4).copied_layers == (4,)
     assert ThoughtbubblesConfig(routing="pause", copy_layer=4).copied_layers == (0,)
 

@@ -202,10 +202,11 @@ def test_the_width_is_static() -> None:
     assert gate(full, Fraction(3, 2)).token.shape == gate(sparse, Fraction(3, 2)).token.shape == (1, 9)
 
 
-def test_draws_far_closer_than_scores_can_be_are_told_apart() -> None:
+def test_draws_far_closer_than_scores_can_be_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fork of the second token was drawn better than the first's, by less than a step of the routers' grid."""
     gate = random_gate(routing="random")
-    gate.draw = lambda token, step: torch.tensor([[0.5, 0.1, 0.5 + 2**-40, 0.1]], dtype=torch.float64)
+    draws = torch.tensor([[0.5, 0.1, 0.5 + 2**-40, 0.1]], dtype=torch.float64)
+    monkeypatch.setattr("thoughtbubbles.model.controls.draw_scores", lambda *_: draws)
     out = gate(Streams.from_embeddings(torch.randn(1, 2, 16)), Fraction(3, 2))
     assert out.origin is not None
     assert out.origin.tolist() == [[1, 2, 3]]

@@ -17,7 +17,8 @@ from thoughtbubbles.model.accounting import (
     layer_widths,
     state_bytes,
 )
-from thoughtbubbles.model.cache import BLOCK, StreamCache
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.memory import BLOCK
 from thoughtbubbles.model.reference import reference_forward
 
 LAYERS = 3

@@ -1,6 +1,7 @@
 """Routers against the loops of the reference, and their promises (method: Routing)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from thoughtbubbles.model import reference, routing
 from thoughtbubbles.model.budget import parse_budget
-from thoughtbubbles.model.controls import ROUTERS, route_uniform
+from thoughtbubbles.model.controls import route_uniform
 from thoughtbubbles.model.routing import (
-    Router,
+    CAUSAL,
+    TOPK,
     _count_at_least,
     _count_smaller_before,
     route_causal,
     route_topk,
-    width_after_routing,
 )
+from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.model.threshold import route_threshold
 
 SCORES = [0.0, -0.0, -0.5, -1.0, -1.5, -2.25, -20.0]
@@ -57,8 +59,10 @@ def rows(draw: st.DrawFn, min_tokens: int = 0) -> Row:
     return row_of(sizes, draw(st.lists(one_score, min_size=2 * sum(sizes), max_size=2 * sum(sizes))))
 
 
+Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
 budgets = st.one_of(st.sampled_from(BUDGETS), st.fractions(1, 6, max_denominator=30)).map(parse_budget)
 THRESHOLDS = {"any score": -math.inf, "some scores": -1.0, "no score": 0.5}
+ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk, "uniform": route_uniform}
 THRESHOLD_ROUTERS: dict[str, Router] = {
     f"threshold-{name}": partial(route_threshold, threshold=threshold) for name, threshold in THRESHOLDS.items()
 }
@@ -172,8 +176,8 @@ def test_rows_and_dead_candidates_at_the_right_do_not_matter(
 @every_router
 @given(row=rows(), budget=budgets)
 def test_number_of_survivors_fits_the_static_width(router: Router, row: Row, budget: Fraction) -> None:
-    tokens, rule = row.optional.count(False), "topk" if router is route_topk else "causal"
-    assert sum(survivors(router, row, budget)) <= width_after_routing(rule, len(row.scores) // 2, tokens, budget)
+    tokens, rule = row.optional.count(False), TOPK if router is route_topk else CAUSAL
+    assert sum(survivors(router, row, budget)) <= rule.width_after(len(row.scores) // 2, tokens, budget)
 
 
 @eager_router
@@ -340,7 +344,7 @@ def test_counting_smaller_values_in_long_rows(length: int) -> None:
     ],
 )
 def test_static_width(rule: str, width: int, tokens: int, budget: float, expected: int) -> None:
-    assert width_after_routing(rule, width, tokens, parse_budget(budget)) == expected
+    assert RULES[rule].width_after(width, tokens, parse_budget(budget)) == expected
 
 
 def test_scratch_memory_is_poisoned() -> None:

@@ -26,9 +26,18 @@ from thoughtbubbles.model.sharing import AUTO_MAP, CARD_NAME, copy_code, write_m
 CODE = {
     f"{name}.py"
     for name in (
-        *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "outputs", "modeling"),
-        "blocked_attention",
-        *("accounting", "controls", "sharing", "decoding", "columns", "mixture", "threshold", "weights", "wide"),
+        *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "memory", "modeling"),
+        *(
+            "accounting",
+            "blocked_attention",
+            "controls",
+            "sharing",
+            "decoding",
+            "mixture",
+            "rules",
+            "threshold",
+            "weights",
+        ),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -115,7 +124,8 @@ def test_config_names_the_classes(folder: Path) -> None:
 
 def test_config_alone_is_stored_with_its_code(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
-    assert names(tmp_path) == {"config.json", "configuration.py", "budget.py"}
+    code = ("configuration", "budget", "controls", "memory", "routing", "rules", "streams", "threshold")
+    assert names(tmp_path) == {"config.json", *(f"{name}.py" for name in code)}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {"AutoConfig": AUTO_MAP["AutoConfig"]}
 
 

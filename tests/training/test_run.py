@@ -21,8 +21,8 @@ from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
 from thoughtbubbles.model import controls as controls_module
 from thoughtbubbles.model.accounting import training_flops
-from thoughtbubbles.model.configuration import ROUTINGS
 from thoughtbubbles.model.loading import load_model
+from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.recipes.training import DataSection, Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.support.files import sole_user
@@ -450,7 +450,7 @@ def test_a_dense_run_has_no_fork_figures(tmp_path: Path, tiny_data: PreparedData
     assert not any("gate" in name or "forks" in name for row in comparable(tmp_path / "run") for name in row)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_a_run_that_diverges_stops_before_its_weights_are_spoiled(
     tmp_path: Path, tiny_data: PreparedData, routing: str
 ) -> None:

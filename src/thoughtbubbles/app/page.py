@@ -138,7 +138,7 @@ def _budgets(exhibits: Sequence[Exhibit]) -> dict[str, float]:
     """The range of the budget: whole numbers where a model can have no others, up to what each can have."""
     configs = [exhibit.model.config for exhibit in exhibits if exhibit.has_budget]
     own = float(configs[0].exact_budget())
-    bounds = [float(config.exact_budget()) for config in configs if config.routing == "pause"]
+    bounds = [float(config.exact_budget()) for config in configs if config.rule.with_vectors]
     greatest = min([max(own, LEAST_GREATEST_BUDGET), *bounds])
     if any(config.copied_layers for config in configs):
         return {"minimum": 1, "maximum": int(greatest), "value": int(min(own, greatest)), "step": 1}

@@ -74,8 +74,8 @@ def render_summary(trace: BubbleTrace) -> str:
     if trace.surprisal:
         loss = float(np.mean(trace.surprisal))
         parts.insert(0, f"perplexity {np.exp(loss):.2f} ({loss:.4f} nats per token)")
-    if trace.routing == "topk":
-        parts.append("routing topk: early tokens see later ones, so this is no left-to-right likelihood")
+    if trace.leaks:
+        parts.append(f"routing {trace.routing}: early tokens see later ones, so this is no left-to-right likelihood")
     return f'<p class="tb-summary">{"; ".join(parts)}</p>'
 
 

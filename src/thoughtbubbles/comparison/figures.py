@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 
 from thoughtbubbles.comparison.results import Point, Report, VariantResult
 from thoughtbubbles.model.budget import budget_text, parse_budget
-from thoughtbubbles.model.configuration import LEARNED_ROUTINGS
+from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.support.plots import LINE_COLOURS, axis_count, legend_outside, save_figure, set_title
 
 COLOURS = (*LINE_COLOURS, "#000000", "#8B5A2B", "#7F7F7F", "#B2182B", "#7B3294", "#1B7837")
@@ -119,7 +119,7 @@ def frontier_figure(report: Report) -> Figure | None:
 
 def dial_figure(report: Report) -> Figure | None:
     """Perplexity at each test budget of what was trained on as many tokens as the baseline, the own budget marked."""
-    rows = [row for row in _whole(report) if len(row.at_budget) > 1 and row.routing not in ("copy", "pause")]
+    rows = [row for row in _whole(report) if len(row.at_budget) > 1 and RULES[row.routing].copied_at is None]
     if not rows:
         return None
     figure, axes = _figure(10, 4.8)
@@ -141,7 +141,7 @@ def dial_figure(report: Report) -> Figure | None:
 
 def matrix_figure(report: Report) -> Figure | None:
     """Loss of variants with learned forks, trained on as many tokens, by training budget and test budget."""
-    rows = [row for row in _whole(report) if row.routing in LEARNED_ROUTINGS and len(row.at_budget) > 1]
+    rows = [row for row in _whole(report) if RULES[row.routing].learned and len(row.at_budget) > 1]
     if len(rows) < 2:
         return None
     budgets = sorted({each for row in rows for each in row.at_budget}, key=parse_budget)

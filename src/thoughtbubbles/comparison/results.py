@@ -15,7 +15,7 @@ from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.model.accounting import cache_bytes, decoding_flops, parameter_counts
 from thoughtbubbles.model.budget import budget_text
-from thoughtbubbles.model.configuration import LEARNED_ROUTINGS
+from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.statistics import Estimate, estimate, paired_difference, spread_of
 from thoughtbubbles.training.folder import METRICS_NAME, read_facts
@@ -281,7 +281,7 @@ def _row(planner: RunPlanner, runs: Sequence[Run], found: Losses, baseline: str)
         losses=losses,
         spread=spread_of(losses),
         perplexity=math.exp(loss),
-        leaks=config.routing == "topk",
+        leaks=config.leaks,
         prefix=prefix,
         prefix_perplexity=math.exp(loss + prefix.mean),
         to_baseline=None if name == baseline else difference(found, name, baseline),
@@ -362,7 +362,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
             pairs.append(Pair(titles[ours], titles[theirs], found_difference))
 
     for row in rows:
-        if row.routing in (*LEARNED_ROUTINGS, "random", "uniform") and row.budget != "1":
+        if RULES[row.routing].router is not None and row.budget != "1":
             if one is not None and _whole(planner, row):
                 ask(row.name, one)
             to_one = row.at_budget["1"].to_own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from thoughtbubbles.comparison.results import Report, VariantResult
 from thoughtbubbles.model.budget import budget_text, parse_budget
+from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.support.statistics import Estimate, interval
 
 
@@ -62,7 +63,7 @@ def quality_table(report: Report) -> Table:
         "blocks; with one seed they know nothing of how much seeds differ."
     )
     if any(row.leaks for row in report.variants):
-        note += " * leaks: topk routing sees later tokens, so its prefix-only perplexity is the one to compare."
+        note += f" * leaks: {LEAK}, so its prefix-only perplexity is the one to compare."
     return _by_variant("Quality", report, columns, note)
 
 

@@ -142,7 +142,7 @@ def evaluate_perplexity(
         budget_rule=budget_rule if mode == "prefix" else None,
         byte_perplexity=_per(loss * tokens, None if size is None else size.bytes),
         word_perplexity=_per(loss * tokens, None if size is None else size.words),
-        leaks=mode == "blockwise" and model.config.routing == "topk",
+        leaks=mode == "blockwise" and model.config.leaks,
     )
 
 

@@ -49,7 +49,7 @@ def run_task(
     first = next(iter(loaded.tasks.values()))
     samples = [sample for part in rows for sample in part.of_each_document]
     documents = [sample["doc"] for sample in samples]
-    leaks = lm.model.config.routing == "topk"
+    leaks = lm.model.config.leaks
     metrics = _harness_metrics(first, rows, leaks)
     metrics += [
         MetricRecord(each.protocol, each.metric, "mean", True, leaks, each.values)

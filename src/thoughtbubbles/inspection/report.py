@@ -17,6 +17,7 @@ from thoughtbubbles.inspection.survey import CorpusStatistics
 from thoughtbubbles.inspection.trace import BubbleTrace, to_ids, trace_bubbles
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.files import json_text, write_text
 from thoughtbubbles.support.folders import Marks, filling
@@ -25,7 +26,7 @@ from thoughtbubbles.support.statistics import Curve
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAK = "; leaks: topk routing sees later tokens, so this is no left-to-right likelihood"
+LIKELIHOOD = f"; leaks: {LEAK}, so this is no left-to-right likelihood"
 MARKS: Marks = {
     "trace.json": ("surprisal", "streams", "tokens_cut"),
     "statistics.json": ("reference_loss", "streams_by_layer", "confidence"),
@@ -107,7 +108,7 @@ def show_report(report: TextReport) -> None:
         print(mark_bubbles(trace.tokens, sizes))
     print(f"\n{trace.setting}: {np.mean(sizes):.2f} streams per token in the last block")
     if trace.surprisal:
-        print(f"loss {np.mean(trace.surprisal):.4f} nats per token{LEAK if trace.routing == 'topk' else ''}")
+        print(f"loss {np.mean(trace.surprisal):.4f} nats per token{LIKELIHOOD if trace.leaks else ''}")
     if report.ablation is not None and report.ablation.tokens:
         changes = report.ablation.at_lag(0)
         most = max(range(len(changes)), key=lambda i: abs(changes[i]), default=None)
@@ -121,7 +122,7 @@ def show_report(report: TextReport) -> None:
 
 def show_statistics(found: CorpusStatistics) -> None:
     """Print the main figures, with their bands."""
-    leak = LEAK if found.routing == "topk" else ""
+    leak = LIKELIHOOD if found.leaks else ""
     print(f"{found.setting}; {found.tokens:,} tokens in {found.blocks:,} block{'s' * (found.blocks != 1)}")
     print(f"loss {found.loss:.4f} nats per token{leak}")
     if found.reference_loss is not None:

@@ -14,7 +14,7 @@ from thoughtbubbles.inspection.trace import BubbleTrace, describe_setting, predi
 from thoughtbubbles.inspection.words import KINDS, OTHER, split_words
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.support.statistics import CONFIDENCE, Curve, Array, banded_means, means_at, means_by_name, windows
+from thoughtbubbles.support.statistics import CONFIDENCE, Array, Curve, banded_means, means_at, means_by_name, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +35,9 @@ class CorpusStatistics:
 
     Attributes:
         routing, budget: of the model and of the call.
+        leaks: whether early tokens see later ones.
         blocks, tokens: how much was read.
-        loss: of the model, in nats per token; under routing `topk` not that of a left-to-right model.
+        loss: of the model, in nats per token; where it leaks not that of a left-to-right model.
         reference_loss: of the independent model, if there is one.
         confidence: of all bands, bootstrapped over blocks.
         size_by_entropy, size_by_surprisal: bubble size; `model` and `reference` say who measured, `model, windows of 4`
@@ -54,6 +55,7 @@ class CorpusStatistics:
     """
 
     routing: str
+    leaks: bool
     budget: str
     blocks: int
     tokens: int
@@ -73,7 +75,7 @@ class CorpusStatistics:
     @property
     def setting(self) -> str:
         """What ran, for a title: `dense`, or the routing with its budget."""
-        return describe_setting(self.routing, self.budget)
+        return describe_setting(self.routing, self.budget, self.leaks)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON knows it."""
@@ -213,6 +215,7 @@ def _sum_up(gathered: _Gathered, trace: BubbleTrace) -> CorpusStatistics:
         measured.append(("reference", gathered.reference_entropy, gathered.reference_surprisal))
     return CorpusStatistics(
         routing=trace.routing,
+        leaks=trace.leaks,
         budget=trace.budget,
         blocks=blocks,
         tokens=size.size,

@@ -58,7 +58,8 @@ class BubbleTrace:
     Attributes:
         tokens: T, the text of each token.
         ids: T, their ids.
-        routing: of the model; under `topk` an early token's streams depend on later tokens.
+        routing: of the model.
+        leaks: whether an early token's streams depend on later tokens.
         budget: streams per token, as text.
         num_layers: L; where blocks are applied several times, each time counts.
         fork_layers: the layers at whose input streams may be made.
@@ -70,6 +71,7 @@ class BubbleTrace:
     tokens: list[str]
     ids: list[int]
     routing: str
+    leaks: bool
     budget: str
     num_layers: int
     fork_layers: list[int]
@@ -80,7 +82,7 @@ class BubbleTrace:
     @property
     def setting(self) -> str:
         """What ran, for a title: `dense`, or the routing with its budget."""
-        return describe_setting(self.routing, self.budget)
+        return describe_setting(self.routing, self.budget, self.leaks)
 
     def bubble_sizes(self) -> npt.NDArray[np.int64]:
         """[L, T] streams of each token in each block."""
@@ -199,6 +201,7 @@ def trace_bubbles(
         tokens=token_pieces(tokenizer, ids),
         ids=ids,
         routing=model.config.routing,
+        leaks=model.config.leaks,
         budget=str(kappa),
         num_layers=model.config.depth,
         fork_layers=fork_layers,
@@ -208,11 +211,11 @@ def trace_bubbles(
     )
 
 
-def describe_setting(routing: str, budget: Budget) -> str:
+def describe_setting(routing: str, budget: Budget, leaks: bool) -> str:
     """What ran, for a title: `dense`, or the routing with its budget and, where there is one, its leak."""
     if routing == "none":
         return "dense"
-    leak = "; early tokens see later ones" if routing == "topk" else ""
+    leak = "; early tokens see later ones" if leaks else ""
     return f"{routing}, budget {budget_text(budget)}{leak}"
 
 

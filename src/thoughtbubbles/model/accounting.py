@@ -11,7 +11,6 @@ from .attention import attenuated_width
 from .budget import Budget
 from .configuration import ThoughtbubblesConfig
 from .loss import ROWS
-from .routing import width_after_routing
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes a number, by the name of the type."""
@@ -109,7 +108,7 @@ def layer_widths(config: ThoughtbubblesConfig, length: int, budget: Budget | Non
     width = length
     for layer in range(config.depth):
         if layer in config.gated_layers:
-            width = width_after_routing(config.admission_rule, width, length, kappa)
+            width = config.rule.width_after(width, length, kappa)
         elif layer in config.copied_layers:
             width *= int(kappa)
         widths.append(width)
@@ -129,7 +128,7 @@ def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
     norm = hidden * (1 + bias)
     block = 2 * norm + _block_matrix(config) + bias * (5 * hidden + inner)
     gate = hidden + (0 if config.gate_scores == "fixed" else norm + 2 * hidden)
-    pauses = (int(config.exact_budget()) - 1) * hidden if config.routing == "pause" else 0
+    pauses = (int(config.exact_budget()) - 1) * hidden if config.rule.with_vectors else 0
     return ParameterCounts(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
         blocks=config.num_hidden_layers * block + norm,
@@ -207,7 +206,7 @@ def cache_bytes(
     A layer keeps for each of its streams keys and values, a head as wide as it enters the product, and the token's
     ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
     (13 bytes), or where a threshold chooses the ordinal of each that was admitted. Memory grows in steps of
-    `cache.BLOCK` entries, which may come on top; where scores leave some of the budget unspent, less is held.
+    `memory.BLOCK` entries, which may come on top; where scores leave some of the budget unspent, less is held.
 
     Args:
         precision: of the model's numbers, float32 or bfloat16.
@@ -221,8 +220,7 @@ def cache_bytes(
     for layer, width in enumerate(entering[1:]):
         total += width * (2 * _head_channels(config, layer, precision, device) * item_bytes(precision) + 8)
         if layer in config.gated_layers:
-            optional = 2 * entering[layer] - context
-            total += 8 * (width - context) if config.admission_rule == "threshold" else optional * (WIDE + 8 + 1)
+            total += config.rule.memory.planned_bytes(2 * entering[layer] - context, width - context)
     return total
 
 

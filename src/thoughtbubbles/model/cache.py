@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .configuration import ThoughtbubblesConfig
+from .memory import RouteMemory, RowBuffer, RowMemory
 
 # All but what says nothing about the tokens so far; of budgets a call has its own.
 _SETTINGS = sorted(
@@ -23,53 +24,6 @@ _SETTINGS = sorted(
     - {"budget", "hidden_dropout", "initializer_range", "max_position_embeddings", "tie_word_embeddings", "vocab_size"}
     - {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
-BLOCK = 128
-"""Entries by which a row's memory grows."""
-
-
-class RowBuffer:
-    """Tensors [B, ..., S, ...] whose rows have their own lengths along one dimension, grown in blocks.
-
-    Entries past a row's length are finite and mean nothing.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-        self.data: Tensor | None = None
-
-    def write(self, values: Tensor, starts: list[int]) -> None:
-        """Lay `values` [B, ..., n, ...] into each row from its start on."""
-        count, end = values.shape[self.dim], max(starts) + values.shape[self.dim]
-        data = self._with_room(values, end)
-        if min(starts) == max(starts):
-            data.narrow(self.dim, starts[0], count).copy_(values)
-            return
-        shape = [1] * values.dim()
-        shape[0] = len(starts)
-        begin = torch.tensor(starts, device=values.device).view(shape)
-        shape[0], shape[self.dim] = 1, count
-        index = begin + torch.arange(count, device=values.device).view(shape)
-        data.scatter_(self.dim, index.expand_as(values), values)
-
-    def read(self, width: int) -> Tensor:
-        """The first `width` entries of every row."""
-        assert self.data is not None
-        return self.data.narrow(self.dim, 0, width)
-
-    def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index`, in that order, repeated where it repeats."""
-        if self.data is not None:
-            self.data = self.data.index_select(0, index.to(self.data.device))
-
-    def _with_room(self, values: Tensor, entries: int) -> Tensor:
-        held = 0 if self.data is None else self.data.shape[self.dim]
-        if entries > held:
-            shape = list(values.shape)
-            shape[self.dim] = -(-entries // BLOCK) * BLOCK - held
-            room = values.new_zeros(shape)
-            self.data = room if self.data is None else torch.cat([self.data, room], self.dim)
-        assert self.data is not None
-        return self.data
 
 
 @dataclass(frozen=True)
@@ -90,28 +44,7 @@ class Placement:
     is_causal: bool
 
 
-class _RowMemory:
-    """Buffers that share the lengths of their rows, one of them the ordinals of the entries' tokens."""
-
-    def __init__(self, token: RowBuffer, *others: RowBuffer) -> None:
-        self.token = token
-        self.buffers = (token, *others)
-        self.lengths: list[int] = []
-
-    def crop(self, tokens: Tensor) -> None:
-        """Forget the entries of ordinals from `tokens` [B] on; ordinals do not decrease along a row."""
-        if any(self.lengths):
-            ordinals = self.token.read(max(self.lengths))
-            self.lengths = ((ordinals < tokens[:, None]) & _valid(self.lengths, ordinals)).sum(1).tolist()
-
-    def select_rows(self, index: Tensor) -> None:
-        """As `RowBuffer.select_rows`."""
-        for buffer in self.buffers:
-            buffer.select_rows(index)
-        self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
-
-
-class AttentionMemory(_RowMemory):
+class AttentionMemory(RowMemory):
     """Keys and values of one attention layer, as they enter the product: rotated, with their scores applied."""
 
     def __init__(self) -> None:
@@ -142,63 +75,6 @@ class AttentionMemory(_RowMemory):
         return self.keys.read(width), self.values.read(width)
 
 
-class ForkMemory(_RowMemory):
-    """What a fork layer must remember: the optional candidates so far, and which of them were admitted."""
-
-    def __init__(self) -> None:
-        self.scores, self.admitted = RowBuffer(1), RowBuffer(1)
-        super().__init__(RowBuffer(1), self.scores, self.admitted)
-
-    @property
-    def past_scores(self) -> Tensor | None:
-        """[B, S] log scores of the past optional candidates, -inf past a row's end; None if there are none."""
-        if not any(self.lengths):
-            return None
-        scores = self.scores.read(max(self.lengths))
-        return scores.masked_fill(~_valid(self.lengths, scores), -torch.inf)
-
-    @property
-    def past_admitted(self) -> Tensor | None:
-        """[B] how many of them were admitted; None if there are none."""
-        if not any(self.lengths):
-            return None
-        admitted = self.admitted.read(max(self.lengths))
-        return (admitted & _valid(self.lengths, admitted)).sum(1)
-
-    def append(self, scores: Tensor, token: Tensor, admitted: Tensor, optional: Tensor) -> None:
-        """Keep the optional ones of new candidates [B, M], `token` their ordinals in the whole row."""
-        counts: list[int] = optional.sum(1).tolist()
-        width = max(counts)
-        starts = self.lengths or [0] * len(counts)
-        if width:
-            order = torch.argsort(~optional, dim=1, stable=True)[:, :width]
-            for buffer, values in ((self.scores, scores), (self.token, token), (self.admitted, admitted)):
-                buffer.write(values.gather(1, order), starts)
-        self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-
-
-class CreditMemory(_RowMemory):
-    """What a fork layer must remember where a threshold chooses: the ordinals of what was admitted, and no scores."""
-
-    def __init__(self) -> None:
-        super().__init__(RowBuffer(1))
-
-    @property
-    def past_admitted(self) -> Tensor | None:
-        """[B] how many optional candidates were admitted; None if there are none."""
-        ordinals = self.token.data
-        return torch.tensor(self.lengths, device=ordinals.device) if ordinals is not None and self.lengths else None
-
-    def append(self, token: Tensor, admitted: Tensor) -> None:
-        """Keep the ordinals `token` of the new candidates [B, M] that were admitted."""
-        counts: list[int] = admitted.sum(1).tolist()
-        starts = self.lengths or [0] * len(counts)
-        if width := max(counts):
-            order = torch.argsort(~admitted, dim=1, stable=True)[:, :width]
-            self.token.write(token.gather(1, order), starts)
-        self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-
-
 class StreamCache(Cache):
     """Everything that decoding needs of the tokens so far (method: Cache).
 
@@ -216,7 +92,7 @@ class StreamCache(Cache):
         """Forget everything, the budget included."""
         self.budget: Fraction | None = None
         self.attention: list[AttentionMemory] = []
-        self.forks: dict[int, ForkMemory | CreditMemory] = {}
+        self.forks: dict[int, RouteMemory] = {}
         self.real: Tensor | None = None
         self._settings: dict[str, Any] | None = None
 
@@ -230,8 +106,7 @@ class StreamCache(Cache):
         if self._settings is None:
             self._settings, self.budget = copy.deepcopy(settings), budget
             self.attention = [AttentionMemory() for _ in range(config.depth)]
-            memory = CreditMemory if config.admission_rule == "threshold" else ForkMemory
-            self.forks = {layer: memory() for layer in config.gated_layers}
+            self.forks = {layer: config.rule.memory() for layer in config.gated_layers}
         others = [name for name, value in settings.items() if value != self._settings[name]]
         if others:
             filled, now = ({name: of[name] for name in others} for of in (self._settings, settings))
@@ -302,7 +177,7 @@ class StreamCache(Cache):
         for memory in self._memories():
             memory.select_rows(indices)
 
-    def _memories(self) -> list[_RowMemory]:
+    def _memories(self) -> list[RowMemory]:
         return [*self.attention, *self.forks.values()]
 
     @property
@@ -343,9 +218,3 @@ def one_cache(cache: StreamCache | None, past_key_values: StreamCache | None) ->
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values: expected one of the two, which are names of the same")
     return past_key_values if cache is None else cache
-
-
-def _valid(lengths: list[int], values: Tensor) -> Tensor:
-    """[B, S] bool: the entries before each row's end."""
-    ends = torch.tensor(lengths, device=values.device)[:, None]
-    return torch.arange(values.shape[1], device=values.device) < ends

@@ -9,10 +9,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .budget import Budget, parse_budget
+from .routing import Rule
+from .rules import RULES
 
-ROUTINGS = ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform")
-LEARNED_ROUTINGS = ("causal", "threshold", "topk")
-"""Those in which the gates' scores choose the forks."""
 RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")
@@ -156,19 +155,25 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def rule(self) -> Rule:
+        """The routing rule."""
+        rule = RULES[self.routing]
+        return rule if rule.settled is None else rule.settled(self)
+
+    @property
     def gated_layers(self) -> tuple[int, ...]:
         """The layers that have a gate: the fork layers, none when routing is `none`, `copy` or `pause`."""
-        return () if self.routing in ("none", "copy", "pause") else tuple(self.fork_layers or ())
+        return () if self.rule.router is None else tuple(self.fork_layers or ())
 
     @property
     def copied_layers(self) -> tuple[int, ...]:
         """The layer at whose input `copy` or `pause` makes its streams, if that is the routing."""
-        return {"copy": (self.copy_layer,), "pause": (0,)}.get(self.routing, ())
+        return () if self.rule.copied_at is None else (self.rule.copied_at(self),)
 
     @property
-    def admission_rule(self) -> str:
-        """The rule by which gates choose: `routing`, but where that is `random` its `random_rule`."""
-        return self.random_rule if self.routing == "random" else self.routing
+    def leaks(self) -> bool:
+        """Whether one forward over a text lets predictions depend on later tokens: no left-to-right likelihood."""
+        return self.rule.leaks and bool(self.gated_layers)
 
     def exact_budget(self, override: Budget | None = None) -> Fraction:
         """The budget of a call as an exact rational: `override`, or else the configured one.
@@ -180,7 +185,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         budget = parse_budget(given)
         if self.copied_layers and budget.denominator != 1:
             raise _invalid("budget", given, f"a whole number of streams per token, since routing is {self.routing}")
-        if self.routing == "pause" and budget > (most := parse_budget(self.budget)):
+        if self.rule.with_vectors and budget > (most := parse_budget(self.budget)):
             raise _invalid("budget", given, f"at most {most}, for which there are pause vectors")
         return budget
 
@@ -213,7 +218,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
 
     def _check_rules(self) -> None:
         for field, allowed in (
-            ("routing", ROUTINGS),
+            ("routing", tuple(RULES)),
             ("random_rule", RANDOM_RULES),
             ("gate_scores", GATE_SCORES),
             ("fork_embedding", FORK_EMBEDDINGS),
@@ -223,7 +228,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             if getattr(self, field) not in allowed:
                 raise _invalid(field, getattr(self, field), f"one of {', '.join(allowed)}")
         _check_integers(self, "num_loops")
-        if self.num_loops > 1 and self.routing != "none":
+        if self.num_loops > 1 and not self.rule.is_dense:
             raise _invalid("num_loops", self.num_loops, f"1, since routing is {self.routing}")
         for field in ("use_bias", "tie_word_embeddings"):
             if type(getattr(self, field)) is not bool:

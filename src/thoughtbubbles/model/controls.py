@@ -5,18 +5,30 @@ They ask what a learned choice of forks is worth beside one that knows nothing.
 Shape letters: B batch, N streams, M candidates, D hidden size.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .budget import MAX_TOKENS
-from .configuration import ThoughtbubblesConfig
-from .routing import Router, allowances, rank_optional, route_causal, route_topk, visiting_order
+from .routing import (
+    CAUSAL,
+    GRID,
+    TOPK,
+    Candidates,
+    Router,
+    Rule,
+    WholeRowRouter,
+    allowances,
+    rank_optional,
+    visiting_order,
+)
 from .streams import Streams
+
+if TYPE_CHECKING:
+    from .configuration import ThoughtbubblesConfig
 
 _LANES = (0x9E3779B9, 0x85EBCA6B)
 _MASK = 2**32 - 1
@@ -37,13 +49,6 @@ def draw_scores(token: Tensor, layer: int, seed: int, step: Tensor | int = 0) ->
     place = torch.arange(token.shape[1], device=token.device) - torch.searchsorted(token, token)
     high, low = (_hash(lane, seed, step, layer, token, place) for lane in _LANES)
     return ((high << 21) | (low >> 11)).to(torch.float64) / 2**53
-
-
-def draw_of(config: ThoughtbubblesConfig, layer: int) -> Callable[..., Tensor] | None:
-    """`draw_scores` of a fork layer, wanting `token` and `step`; None where the gate's own scores decide."""
-    if config.routing not in ("random", "uniform"):
-        return None
-    return partial(draw_scores, layer=layer, seed=config.routing_seed)
 
 
 def _hash(state: int, *fields: Tensor | int) -> Tensor:
@@ -79,7 +84,72 @@ def route_uniform(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
 
 
-ROUTERS: dict[str, Router] = {"causal": route_causal, "topk": route_topk, "uniform": route_uniform}
+class DrawingRouter(Router):
+    """Routes as another does, by a hash in the place of scores.
+
+    Args:
+        router: the other.
+        layer: of the fork.
+        seed: of the hash.
+    """
+
+    def __init__(self, router: Router, layer: int, seed: int) -> None:
+        self.router = router
+        self.layer = layer
+        self.seed = seed
+
+    def rivals(self, scores: Tensor, token: Tensor, step: Tensor | int) -> Tensor:
+        """Draws, which have 53 bits: as whole steps of the routers' grid all of them count."""
+        return draw_scores(token, self.layer, self.seed, step) * (2**53 * GRID)
+
+    def whole(self, candidates: Candidates) -> Tensor:
+        """As the other router."""
+        return self.router.whole(candidates)
+
+    def further(self, candidates: Candidates, memory: Any) -> Tensor:
+        """As the other router."""
+        return self.router.further(candidates, memory)
+
+
+class UniformRouter(Router):
+    """Routes each token by itself, so that there is nothing to remember."""
+
+    def whole(self, candidates: Candidates) -> Tensor:
+        """Of each token its share."""
+        return route_uniform(*candidates)
+
+    def further(self, candidates: Candidates, memory: Any) -> Tensor:
+        """Of each token its share."""
+        return self.whole(candidates)
+
+
+def _drawing(rule: Rule, router: type[Router], name: str, words: str) -> Rule:
+    """A rule like another that draws by a hash."""
+
+    def make(config: "ThoughtbubblesConfig", layer: int) -> Router:
+        return DrawingRouter(router(), layer, config.routing_seed)
+
+    return replace(rule, name=name, words=words, router=make, learned=False)
+
+
+_RANDOM = ("random", "random: forks survive by a hash that knows nothing of the text")
+_BY_RULE = {"causal": _drawing(CAUSAL, Router, *_RANDOM), "topk": _drawing(TOPK, WholeRowRouter, *_RANDOM)}
+RANDOM = replace(_BY_RULE["causal"], settled=lambda config: _BY_RULE[config.random_rule])
+UNIFORM = _drawing(
+    *(CAUSAL, UniformRouter, "uniform"), "uniform: every token may fork equally often, the forks chosen by a hash"
+)
+NONE = Rule("none", "none: no forks")
+COPY = Rule(
+    name="copy",
+    words="copy: from one layer on every token is several streams, at first equal",
+    copied_at=lambda config: config.copy_layer,
+)
+PAUSE = Rule(
+    name="pause",
+    words="pause: learned vectors follow every token",
+    copied_at=lambda config: 0,
+    with_vectors=True,
+)
 
 
 class StreamCopier(nn.Module):
@@ -89,11 +159,11 @@ class StreamCopier(nn.Module):
     the last of them is the root.
     """
 
-    def __init__(self, config: ThoughtbubblesConfig) -> None:
+    def __init__(self, config: "ThoughtbubblesConfig") -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.pause_embeddings: nn.Embedding | None = None
-        if config.routing == "pause":
+        if config.rule.with_vectors:
             self.pause_embeddings = nn.Embedding(int(config.exact_budget()) - 1, config.hidden_size)
 
     def forward(self, streams: Streams, budget: Fraction) -> Streams:

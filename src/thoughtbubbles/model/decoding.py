@@ -51,7 +51,7 @@ class StreamGenerationMixin(GenerationMixin):
         if given is None and self.config.use_cache is False:
             settings.use_cache = False
         from_embeddings = model_kwargs.get("inputs_embeds") is not None
-        if from_embeddings and settings.use_cache is False and self.config.admission_rule == "topk":
+        if from_embeddings and settings.use_cache is False and self.config.leaks:
             raise ValueError(
                 "use_cache=False with inputs_embeds: expected input_ids, since `generate` continues embeddings with a "
                 "cache alone, where topk routes causally"

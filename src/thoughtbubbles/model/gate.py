@@ -8,15 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cache import CreditMemory, ForkMemory
 from .configuration import ThoughtbubblesConfig
-from .controls import ROUTERS, draw_of
-from .routing import GRID, route_causal, width_after_routing
+from .memory import RouteMemory
+from .routing import Candidates
 from .streams import Streams
-from .threshold import ScoreHistogram, route_threshold
 
 MIN_LOG_SIGMOID = -20.0
-AnyMemory = ForkMemory | CreditMemory | None
 
 
 class ForkGate(nn.Module):
@@ -24,10 +21,10 @@ class ForkGate(nn.Module):
 
     def __init__(self, config: ThoughtbubblesConfig, layer: int = 0) -> None:
         super().__init__()
-        self.rule = config.admission_rule
-        self.draw = draw_of(config, layer)
-        self.histogram = ScoreHistogram() if self.rule == "threshold" else None
-        self.forks_before = sum(fork < layer for fork in config.gated_layers)
+        self.config = config
+        assert config.rule.router is not None
+        self.router = config.rule.router(config, layer)
+        self.histogram = self.router.histogram
         self.gate_scores = config.gate_scores
         if self.gate_scores != "fixed":
             self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
@@ -44,7 +41,9 @@ class ForkGate(nn.Module):
         else:
             init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
 
-    def forward(self, streams: Streams, budget: Fraction, memory: AnyMemory = None, step: Tensor | int = 0) -> Streams:
+    def forward(
+        self, streams: Streams, budget: Fraction, memory: RouteMemory | None = None, step: Tensor | int = 0
+    ) -> Streams:
         """The streams that enter the fork layer's block, at most N' of them a row (method: State).
 
         With the memory of a cache the causal rule goes on from what it holds, in place of topk too (method: Cache), the
@@ -54,33 +53,20 @@ class ForkGate(nn.Module):
         token = streams.ordinal.repeat_interleave(2, dim=1)
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
-        # Draws have 53 bits: as whole steps of the routers' grid all of them count.
-        rivals = scores.detach() if self.draw is None else self.draw(token, step=step) * (2**53 * GRID)
-        survive = self._route((rivals, token, optional, alive, budget), memory)
+        rivals = self.router.rivals(scores, token, step)
+        survive = self._route(Candidates(rivals, token, optional, alive, budget), memory)
         if memory is None:
-            width = width_after_routing(self.rule, streams.token.shape[1], streams.num_tokens, budget)
+            width = self.config.rule.width_after(streams.token.shape[1], streams.num_tokens, budget)
         else:
             width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
         return self.select(streams, scores, origin, alive)
 
-    def _route(self, candidates: tuple[Tensor, Tensor, Tensor, Tensor, Fraction], memory: AnyMemory) -> Tensor:
-        """[B, 2N] bool: which survive of the candidates, given as a router takes them."""
-        rivals, token, optional, _, budget = candidates
-        if self.histogram is not None:
-            assert not isinstance(memory, ForkMemory)
-            threshold = self.histogram.threshold(budget, self.forks_before)
-            survive = route_threshold(*candidates, threshold, None if memory is None else memory.past_admitted)
-            if self.training:
-                self.histogram.observe(rivals, optional)
-            if memory is not None:
-                memory.append(token, survive & optional)
-        elif memory is None or self.rule == "uniform":  # whose tokens are routed each by itself
-            survive = ROUTERS[self.rule](*candidates)
-        else:
-            assert isinstance(memory, ForkMemory)
-            survive = route_causal(*candidates, memory.past_scores, memory.past_admitted)
-            memory.append(rivals, token, survive, optional)
+    def _route(self, candidates: Candidates, memory: RouteMemory | None) -> Tensor:
+        """[B, 2N] bool: which of the candidates survive."""
+        survive = self.router.whole(candidates) if memory is None else self.router.further(candidates, memory)
+        if self.training:
+            self.router.observe(candidates)
         return survive
 
     def candidate_scores(self, streams: Streams) -> Tensor:

@@ -211,12 +211,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         refuse_unknown({"output_attentions": self.config.output_attentions, **kwargs})
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kappa = self.config.exact_budget(budget)
-        cache = one_cache(cache, past_key_values)
-        cache = StreamCache() if cache is None and self._wants_cache(use_cache) else cache
+        cache = self._cache_of(cache, past_key_values, use_cache)
         given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -given.shape[1] :]
-        columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask)
+        columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask[:, -given.shape[1] :])
         offset = self._open_cache(cache, kappa, given, columns)
         if offset is None:
             check_position_ids(position_ids, columns, given)
@@ -256,11 +253,14 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             streams = streams.with_residual(block(streams.residual, cos, sin, *attenuation, memory, placement))
         yield streams
 
-    def _wants_cache(self, use_cache: bool | None) -> bool:
-        """Whether to make a cache; the configuration's wish gives way to gradient checkpointing."""
+    def _cache_of(
+        self, cache: StreamCache | None, past_key_values: StreamCache | None, use_cache: bool | None
+    ) -> StreamCache | None:
+        """The cache that was given, or a new one if asked for; the configuration's wish yields to checkpointing."""
         if use_cache is None and not (self.training and self.gradient_checkpointing):
             use_cache = self.config.use_cache
-        return bool(use_cache)
+        given = one_cache(cache, past_key_values)
+        return StreamCache() if given is None and use_cache else given
 
     def _open_cache(
         self, cache: StreamCache | None, kappa: Fraction, given: Tensor, columns: ColumnMap | None
@@ -271,7 +271,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         cache.begin(self.config, kappa, len(given))
         before = cache.tokens
         cache.see(given.new_ones(given.shape[:2], dtype=torch.bool) if columns is None else columns.real)
-        if self.config.admission_rule == "topk":
+        if self.config.leaks:
             logger.warning_once("topk routing needs the whole row: with a cache, decoding routes causally instead")
         return None if before is None else before[:, None]
 

@@ -1,6 +1,7 @@
-"""Routers: which candidates of a fork layer survive (method: Routing).
+"""Routing: which candidates of a fork layer survive (method: Routing).
 
-A router is a pure function of the candidates' scores, never of residuals. All of them take
+A rule is a `Rule`, its name among `rules.RULES`; at a fork layer a `Router` of it decides, by a pure function of the
+candidates' scores, never of residuals. All such functions take
 
     scores    [B, M] float, log scores of the candidates in packed order
     token     [B, M] int64, ordinal of each candidate's token, non-decreasing; anything where not alive
@@ -15,17 +16,107 @@ leftmost. Scores are compared on a grid (`on_grid`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .budget import MAX_TOKENS, ceil_times, floor_times
+from .memory import ForkMemory, RouteMemory
+
+if TYPE_CHECKING:
+    from .configuration import ThoughtbubblesConfig
 
 GRID = 2.0**-16
 """Nats between two scores that a router tells apart."""
 
-Router = Callable[[Tensor, Tensor, Tensor, Tensor, Fraction], Tensor]
+LEAK = "topk routing sees later tokens"
+"""What is said of a rule that leaks, after the word."""
+
+
+class Candidates(NamedTuple):
+    """What a router decides on, explained above."""
+
+    scores: Tensor
+    token: Tensor
+    optional: Tensor
+    alive: Tensor
+    budget: Fraction
+
+
+class Router:
+    """How the candidates of one fork layer are routed; that of `causal`, which others change.
+
+    Attributes:
+        histogram: what training has to keep for it, a module of the gate's; None is nothing.
+    """
+
+    histogram: Any = None
+
+    def rivals(self, scores: Tensor, token: Tensor, step: Tensor | int) -> Tensor:
+        """[B, M] what is compared of candidates with log scores [B, M]; `step` as in `controls.draw_scores`."""
+        return scores.detach()
+
+    def whole(self, candidates: Candidates) -> Tensor:
+        """[B, M] the survivors of whole rows."""
+        return route_causal(*candidates)
+
+    def further(self, candidates: Candidates, memory: Any) -> Tensor:
+        """[B, M] the survivors among those that follow what the memory of a cache holds, which takes them in."""
+        survive = route_causal(*candidates, memory.past_scores, memory.past_admitted)
+        memory.append(candidates.scores, candidates.token, survive, candidates.optional)
+        return survive
+
+    def observe(self, candidates: Candidates) -> None:
+        """Learn of the candidates of a forward pass in training."""
+
+
+class WholeRowRouter(Router):
+    """`topk`; with a cache, which never holds a whole row, `causal`."""
+
+    def whole(self, candidates: Candidates) -> Tensor:
+        """The best of the row."""
+        return route_topk(*candidates)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A routing rule, and all that the rest of the package asks about it.
+
+    Attributes:
+        name: of the option `routing`.
+        words: what a model card says of it.
+        router: makes that of a fork layer; None where no layer has a gate.
+        learned: whether the gates' scores choose the forks.
+        leaks: whether a prediction may depend on later tokens.
+        rounded: how the width after a fork layer rounds kappa T: `floor_times` or `ceil_times`.
+        memory: what a cache has to remember of the past at a fork layer.
+        copied_at: the layer at whose input every token becomes `budget` streams, for a rule without gates.
+        with_vectors: whether those streams are learned, so that no budget may be above the configured one.
+        settled: the rule itself, for one that depends on other options.
+    """
+
+    name: str
+    words: str
+    router: "Callable[[ThoughtbubblesConfig, int], Router] | None" = None
+    learned: bool = False
+    leaks: bool = False
+    rounded: Callable[[Fraction, int], int] = floor_times
+    memory: type[RouteMemory] = ForkMemory
+    copied_at: "Callable[[ThoughtbubblesConfig], int] | None" = None
+    with_vectors: bool = False
+    settled: "Callable[[ThoughtbubblesConfig], Rule] | None" = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token is one stream."""
+        return self.router is None and self.copied_at is None
+
+    def width_after(self, width: int, num_tokens: int, budget: Fraction) -> int:
+        """N' = min(2N, floor or ceil of kappa T): static for a shape, whatever the content (method: State)."""
+        return min(2 * width, self.rounded(budget, num_tokens))
 
 
 def on_grid(scores: Tensor) -> Tensor:
@@ -79,10 +170,20 @@ def route_topk(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, b
     return roots | (optional & (rank_optional(scores, optional) < ceil_times(budget, tokens) - tokens))
 
 
-def width_after_routing(routing: str, width: int, num_tokens: int, budget: Fraction) -> int:
-    """N' = min(2N, floor(kappa T)), ceil for topk: static for a shape, whatever the content (method: State)."""
-    round_ = ceil_times if routing == "topk" else floor_times
-    return min(2 * width, round_(budget, num_tokens))
+CAUSAL = Rule(
+    name="causal",
+    words="causal: exactly left to right, no logit depends on a later token",
+    router=lambda config, layer: Router(),
+    learned=True,
+)
+TOPK = Rule(
+    name="topk",
+    words="topk: the best candidates of the whole row survive",
+    router=lambda config, layer: WholeRowRouter(),
+    learned=True,
+    leaks=True,
+    rounded=ceil_times,
+)
 
 
 def rank_optional(scores: Tensor, optional: Tensor) -> Tensor:

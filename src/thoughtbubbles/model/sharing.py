@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .accounting import count_parameters
-from .configuration import LEARNED_ROUTINGS, ThoughtbubblesConfig
+from .configuration import ThoughtbubblesConfig
 
 CARD_NAME = "README.md"
 AUTO_MAP = {
@@ -42,16 +42,6 @@ CONTROL_SUMMARY = (
     "A decoder-only transformer whose tokens carry several parallel residual streams, merged into one prediction at "
     f"the end. How many is not learned: it is a control of the models of {PAPER}, whose code it shares."
 )
-ROUTINGS = {
-    "causal": "causal: exactly left to right, no logit depends on a later token",
-    "threshold": "threshold: exactly left to right, forks survive whose scores reach a threshold that training set",
-    "topk": "topk: the best candidates of the whole row survive",
-    "none": "none: no forks",
-    "copy": "copy: from one layer on every token is several streams, at first equal",
-    "pause": "pause: learned vectors follow every token",
-    "random": "random: forks survive by a hash that knows nothing of the text",
-    "uniform": "uniform: every token may fork equally often, the forks chosen by a hash",
-}
 LEAK = (
     "> **Blockwise perplexity of this model leaks the future.** Its routing (`topk`) looks at the whole row, so "
     "whether an early fork survives depends on later tokens: a perplexity from one forward over a block is not the "
@@ -167,13 +157,12 @@ def write_model_card(
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([ThoughtbubblesConfig.model_type, *(tags or [])])),
     )
-    dense = not config.gated_layers and not config.copied_layers
     parts = [
         f"---\n{header.to_yaml()}\n---",
         "# A Thoughtbubbles language model",
         _summary(config),
         _table(_shape(config)),
-        LEAK if config.routing == "topk" and not dense else "",
+        LEAK if config.leaks else "",
         f"## Training\n\n{_table(facts)}" if facts else "",
         _how_to_load(name),
         _how_to_set_the_budget() if config.gated_layers else "",
@@ -182,7 +171,7 @@ def write_model_card(
 
 
 def _summary(config: ThoughtbubblesConfig) -> str:
-    if config.routing in LEARNED_ROUTINGS and config.gated_layers:
+    if config.rule.learned and config.gated_layers:
         return SUMMARY
     return CONTROL_SUMMARY if config.gated_layers or config.copied_layers else DENSE_SUMMARY
 
@@ -194,7 +183,7 @@ def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
         f"MLP {config.intermediate_size}",
         "vocabulary": f"{config.vocab_size:,}, embeddings {'tied' if config.tie_word_embeddings else 'not tied'}",
         "longest row": f"{config.max_position_embeddings:,} tokens",
-        "routing": ROUTINGS[config.routing],
+        "routing": config.rule.words,
     }
     if config.num_loops > 1:
         rows["blocks applied"] = f"{config.num_loops} times, with the same weights"

@@ -10,7 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .routing import admit_within_credit, allowances, on_grid, rank_optional, visiting_order
+from .memory import CreditMemory
+from .routing import (
+    Candidates,
+    Router,
+    Rule,
+    admit_within_credit,
+    allowances,
+    on_grid,
+    rank_optional,
+    visiting_order,
+)
 
 BINS, BINS_PER_NAT = 2048, 64
 HORIZON = 32
@@ -109,6 +119,40 @@ class ScoreHistogram(nn.Module):
         bins = 1 + (self.reached < share).sum()
         everything = (self.updates == 0) | (share == 1)
         return torch.where(everything, -torch.inf, bins / -BINS_PER_NAT)
+
+
+class ThresholdRouter(Router):
+    """Routes by the threshold that a histogram says; `fork` counts the fork layers before it."""
+
+    histogram: ScoreHistogram
+
+    def __init__(self, fork: int) -> None:
+        self.fork = fork
+        self.histogram = ScoreHistogram()
+
+    def whole(self, candidates: Candidates) -> Tensor:
+        """Whoever reaches it."""
+        return route_threshold(*candidates, self.histogram.threshold(candidates.budget, self.fork))
+
+    def further(self, candidates: Candidates, memory: CreditMemory) -> Tensor:
+        """Whoever reaches it, as far as the credit goes."""
+        threshold = self.histogram.threshold(candidates.budget, self.fork)
+        survive = route_threshold(*candidates, threshold, memory.past_admitted)
+        memory.append(candidates.token, survive & candidates.optional)
+        return survive
+
+    def observe(self, candidates: Candidates) -> None:
+        """Count their scores."""
+        self.histogram.observe(candidates.scores, candidates.optional)
+
+
+THRESHOLD = Rule(
+    name="threshold",
+    words="threshold: exactly left to right, forks survive whose scores reach a threshold that training set",
+    router=lambda config, layer: ThresholdRouter(sum(fork < layer for fork in config.gated_layers)),
+    learned=True,
+    memory=CreditMemory,
+)
 
 
 def update_thresholds(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from thoughtbubbles.model.accounting import count_parameters
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.model.loading import check_tokenizer
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.model.sharing import write_model_card
 from thoughtbubbles.recipes.training import Recipe, RecipeError, check_rows, model_config
 from thoughtbubbles.support.errors import RunError, is_out_of_memory, one_line
@@ -413,7 +414,7 @@ def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> No
 
 
 def _card_facts(trainer: BubbleTrainer, summary: RunSummary) -> dict[str, str]:
-    leak = " (leaks: topk routing sees later tokens)" if summary.eval_leaks else ""
+    leak = f" (leaks: {LEAK})" if summary.eval_leaks else ""
     pretrained = trainer.recipe.model.get("pretrained")
     return {
         "Task": trainer.recipe.task,
@@ -439,7 +440,7 @@ def _summarise(trainer: BubbleTrainer, metrics: dict[str, float]) -> RunSummary:
         eval_loss=metrics["eval_loss"],
         eval_perplexity=metrics["eval_perplexity"],
         eval_losses={name: value for name, value in metrics.items() if name.startswith("eval_loss/")},
-        eval_leaks=config.routing == "topk",
+        eval_leaks=config.leaks,
         routing=config.routing,
         budget=str(config.exact_budget()),
     )
