@@ -98,21 +98,16 @@ def show_table(console: Console, tokens: int, measured: list[Measured]) -> None:
     """One row a model, in words that need no documentation."""
     dense = measured[0]
     console.print(
-        f"\nTwo small language models read the same {tokens:,} tokens of Python source in the same order, and were "
-        "asked to predict files that neither had seen."
+        f"\nTwo small language models of {dense.parameters / 1e6:.2f}M parameters each read the same {tokens:,} tokens of "
+        "Python source in the same order, and were asked to predict files that neither had seen."
     )
     table = Table()
-    table.add_column("", no_wrap=True)
-    for column in (
-        "parameters",
-        "perplexity\n(lower is better)",
-        "loss minus dense's,\nnats per token",
-        "operations\nof training",
-    ):
+    table.add_column("")  # the one that gives way on a narrow terminal
+    for column in ("perplexity:\nless is better", "loss minus\ndense's, nats", "operations\nto train"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in measured:
         cost = f"{each.training_flops / dense.training_flops:.2f} x dense"
-        row = f"{each.parameters:,}", f"{each.perplexity:.1f}", "" if each is dense else interval(each.against(dense))
+        row = f"{each.perplexity:.1f}", "" if each is dense else interval(each.against(dense))
         table.add_row(each.title, *row, cost)
     console.print(table)
 
