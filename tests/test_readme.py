@@ -249,7 +249,8 @@ def test_torchrun_has_the_options_of_the_guide_and_is_given_a_real_recipe(words:
 @pytest.mark.parametrize("text", [text for text in blocks("yaml", TRAINING) if text.startswith("sources:")])
 def test_sources_of_the_guide_have_real_keys(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    for source in load_preparation(tmp_path / "recipe.yaml")["sources"]:
+    for source in load_preparation(tmp_path / "recipe.yaml").sources:
+        assert isinstance(source, dict)
         assert resolve_source(source).template == source["template"]
 
 

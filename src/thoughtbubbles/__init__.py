@@ -1,12 +1,11 @@
 """Thoughtbubbles: language models that fork and delete residual streams to think in parallel.
 
 Importing the package registers its models with the Auto classes of transformers. Only the command
-`thoughtbubbles` imports them later, when it needs them, so that its help answers at once.
+`thoughtbubbles`, which is `thoughtbubbles_command` beside it, imports them later, so that its help answers at once.
 """
 
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thoughtbubbles.support.version import VERSION
@@ -50,12 +49,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def _is_the_command() -> bool:
-    """Whether this process is `thoughtbubbles` or `python -m thoughtbubbles`."""
-    if sys.argv[:1] == ["-m"]:
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
-    return Path(sys.argv[0] if sys.argv else "").stem == __name__
-
-
-if not _is_the_command():
+# The command imports its models when it needs them.
+if "thoughtbubbles_command" not in sys.modules:
     import_module(f"{__name__}.model.modeling")

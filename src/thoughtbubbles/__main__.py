@@ -1,4 +1,4 @@
-"""Entry point of `thoughtbubbles` and `python -m thoughtbubbles`."""
+"""Entry point of `python -m thoughtbubbles`."""
 
 from thoughtbubbles.cli import main
 

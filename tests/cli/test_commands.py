@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from tests.run_fixtures import RECIPE
 from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
+from thoughtbubbles.planning.options import PlanOptions
+from thoughtbubbles.recipes.preparation import Preparation
 
+COMMAND = (sys.executable, "-c", "from thoughtbubbles_command import main; main()")
 COMMANDS = (
     *("prepare", "train", "compare", "perplexity", "generate", "evaluate", "inspect", "plan", "demo"),
     *("make-task", "exact-match"),
@@ -39,25 +43,44 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     return lines[0]
 
 
-def test_help_answers_without_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['thoughtbubbles', '--help']\n"
-        "from thoughtbubbles.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as e: assert e.code == 0, e.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_help_and_version_answer_without_torch() -> None:
+    """Whatever the process is called: it is the entry point that tells the package who imports it."""
+    code = """
+import sys
+from thoughtbubbles_command import main
+
+for arguments in [[], ["--version"], ["--help"], *([command, "--help"] for command in sys.argv[1:])]:
+    sys.argv = ["any-name", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == (0 if arguments else 2), (arguments, end.code)
+heavy = {"torch", "transformers", "datasets", "matplotlib", "numpy", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    command = [sys.executable, "-c", code, *COMMANDS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in COMMANDS)
+    assert all(f" {command} [OPTIONS]" in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("module", [["-m", "thoughtbubbles"], ["-X", "importtime", "-m", "thoughtbubbles"]])
-def test_module_runs_as_the_command(module: list[str]) -> None:
-    done = subprocess.run([sys.executable, *module, "--help"], capture_output=True, text=True, check=True)
+def test_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "thoughtbubbles", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "prepare" in done.stdout
-    assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize(("command", "section"), [("prepare", Preparation), ("plan", PlanOptions)])
+def test_every_field_is_an_option_with_its_default(
+    command: str, section: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = " ".join(run(command, "--help").split())
+    for each in fields(section):
+        if each.name != "sources":
+            assert f"--{each.name.replace('_', '-')} " in text
+        if isinstance(each.default, int | float):
+            assert f"{each.metadata['help']} [default: {each.default}]" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_commands import COMMANDS, run
+from tests.cli.test_commands import COMMAND, COMMANDS, run
 from tests.run_fixtures import RECIPE
 from thoughtbubbles import __version__, cli
+from thoughtbubbles.cli import application
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation.generation import RANGES, Sampling
 from thoughtbubbles.support.errors import InputError, RunError, ending
@@ -85,13 +86,13 @@ def test_a_fault_of_the_program_keeps_its_traceback(error: Exception, monkeypatc
     def broken(**_: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(application, "app", broken)
     with pytest.raises(type(error)):
         cli.main()
 
 
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
-    command = [sys.executable, "-m", "thoughtbubbles", "--version"]
+    command = [*COMMAND, "--version"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "thoughtbubbles: No space left on device\n")
@@ -100,7 +101,7 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
 def test_nobody_who_reads_the_output_is_no_message() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "thoughtbubbles", "--help"]
+    command = [*COMMAND, "--help"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")

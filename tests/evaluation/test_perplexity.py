@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers import random_model, tiny_config
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.cli import _describe
+from thoughtbubbles.cli.evaluation import describe_perplexity
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation.perplexity import TextSize, evaluate_perplexity, read_blocks, token_losses
 from thoughtbubbles.support.errors import InputError
@@ -179,7 +179,7 @@ def test_one_block_has_no_standard_error(blocks: Tensor) -> None:
     found = evaluate_perplexity(random_model(tiny_config(vocab_size=23)), blocks[:1])
     assert found.standard_error is None
     assert "NaN" not in json.dumps(asdict(found))
-    line = _describe(found)
+    line = describe_perplexity(found)
     assert "nan" not in line
     assert "+-" not in line
     assert f"loss {found.loss:.4f} nats per token" in line

@@ -32,7 +32,7 @@ def text_of(plan: Plan) -> str:
 
 @pytest.mark.parametrize("length", [None, 100, 4096])
 def test_a_preset(length: int | None) -> None:
-    plan, config = make_plan("150m", length), ThoughtbubblesConfig.preset("150m")
+    plan, config = make_plan("150m", length=length), ThoughtbubblesConfig.preset("150m")
     assert plan.length == (length or 1024)
     assert plan.model.parameters.total == count_parameters(config)
     assert plan.model.streams_per_token == [width / plan.length for width in layer_widths(config, plan.length)]
@@ -177,7 +177,7 @@ def test_each_gpu_of_fsdp_holds_its_share() -> None:
 
 
 def test_the_largest_micro_batch_divides_the_share_of_a_gpu() -> None:
-    plans = [make_plan("1.9b", 512, batch_size=480, memory="80GB", gpus=8, sharding=each) for each in SHARDINGS]
+    plans = [make_plan("1.9b", length=512, batch_size=480, memory="80GB", gpus=8, sharding=each) for each in SHARDINGS]
     ddp, fsdp = (plan.fit for plan in plans)
     assert ddp is not None
     assert fsdp is not None

@@ -107,7 +107,7 @@ def test_the_largest_streamed_is_the_same_run_on_other_ways_to_its_data() -> Non
     sources = {"fineweb": "hf:HuggingFaceFW/fineweb?config=sample-100BT&field=text", "pes2o": PES2O}
     assert streamed.data.stream == {sources["fineweb"]: 0.7, sources["pes2o"]: 0.3}
     for name, corpus in zip(streamed.data.stream, sources, strict=True):
-        source = load_preparation(FOLDER.parent / "data" / f"{corpus}.yaml")["sources"][0]
+        source = load_preparation(FOLDER.parent / "data" / f"{corpus}.yaml").sources[0]
         assert resolve_source(name) == resolve_source(source)
     assert all(streamed.data.lanes % gpus == 0 for gpus in (8, 16, 32))
 

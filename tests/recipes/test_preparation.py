@@ -1,12 +1,11 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.data.conftest import hub_folder, write_folder
 from thoughtbubbles.cli import app
-from thoughtbubbles.data import DataError, Manifest, load_preparation, prepare, resolve_source
+from thoughtbubbles.data import DataError, Manifest, Preparation, load_preparation, prepare, resolve_source
 from thoughtbubbles.data.sources.hub import HubSource
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "data").glob("*.yaml"))
@@ -33,12 +32,12 @@ def run(*arguments: object) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_can_be_used(path: Path) -> None:
     options = load_preparation(path)
-    (source,) = map(resolve_source, options["sources"])
+    (source,) = map(resolve_source, options.sources)
     assert isinstance(source, HubSource)
     assert source.streaming
-    assert options["tokenizer"] == "openai-community/gpt2"
-    assert options["block_size"] == 512
-    assert options.get("limit_tokens") == LIMITS[path.stem]
+    assert options.tokenizer == "openai-community/gpt2"
+    assert options.block_size == 512
+    assert options.limit_tokens == LIMITS[path.stem]
     assert f"thoughtbubbles prepare runs/{path.stem} --recipe recipes/data/{path.name}" in path.read_text()
 
 
@@ -77,7 +76,7 @@ def test_every_key_has_its_effect(tmp_path: Path, texts: list[str], tokenizer_fo
     assert manifest.validation_sources[0].documents == 5
     assert (manifest.text_field, manifest.block_size, manifest.seed) == ("unused", 16, 3)
     assert manifest.tokenizer.name == str(tokenizer_folder)
-    assert manifest == prepare(tmp_path / "again", **load_preparation(recipe), progress=False)
+    assert manifest == prepare(tmp_path / "again", **vars(load_preparation(recipe)), progress=False)
 
 
 def test_the_command_line_goes_before_the_recipe(tmp_path: Path, corpus: str) -> None:
@@ -134,5 +133,11 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_empty_lists_and_null_are_as_if_not_named(tmp_path: Path) -> None:
-    options: dict[str, Any] = load_preparation(write(tmp_path / "x.yaml", "tokenizer: null\nvalidation: []\nseed: 2"))
-    assert options == {"tokenizer": None, "validation": [], "seed": 2}
+    options = load_preparation(write(tmp_path / "x.yaml", "tokenizer: null\nvalidation: []\nseed: 2"))
+    assert options == Preparation(seed=2)
+
+
+@pytest.mark.parametrize("name", ["sources", "block_siz"])
+def test_an_option_that_there_is_not_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        prepare(tmp_path / "out", ["python-stdlib"], **{name: 3})

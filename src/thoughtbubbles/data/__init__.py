@@ -11,12 +11,13 @@ from thoughtbubbles.data.preparation.prepare import prepare
 from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.reading import read_rows
-from thoughtbubbles.recipes.preparation import load_preparation
+from thoughtbubbles.recipes.preparation import Preparation, load_preparation
 from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
 
 __all__ = [
     "DataError",
     "Manifest",
+    "Preparation",
     "PreparedData",
     "SourceError",
     "SourceRecord",

@@ -23,9 +23,10 @@ from thoughtbubbles.model.accounting import (
     tokens_at_equal_flops,
     training_flops,
 )
-from thoughtbubbles.model.budget import MAX_TOKENS, Budget, parse_budget
+from thoughtbubbles.model.budget import MAX_TOKENS, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
-from thoughtbubbles.planning.setup import Job, at_budget, read_job
+from thoughtbubbles.planning.options import PlanOptions
+from thoughtbubbles.planning.setup import Setup, at_budget, read_setup
 from thoughtbubbles.recipes.training import SHARDINGS
 from thoughtbubbles.support.errors import InputError, shown
 from thoughtbubbles.training.memory import USABLE_MEMORY, largest_micro_batch, process_bytes
@@ -92,7 +93,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunCosts:
     """What a whole run of training costs.
 
     Attributes:
@@ -164,90 +165,43 @@ class Plan:
     micro_batch_size: int
     model: Costs
     dense: Costs
-    run: Run | None
+    run: RunCosts | None
     fit: Fit | None
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _Devices:
-    """The GPUs that train together, and how they share memory."""
-
-    gpus: int
-    sharding: str
-
-    def notes(self) -> list[str]:
-        """What a reader has to know of them."""
-        if self.gpus == 1:
-            return []
-        return ["Times leave out what GPUs wait for each other."]
-
-
-def make_plan(
-    name: str,
-    length: int | None = None,
-    budget: Budget | None = None,
-    batch_size: int | None = None,
-    tokens: float | None = None,
-    precision: str | None = None,
-    device_flops: float | None = None,
-    mfu: float | None = None,
-    memory: str | None = None,
-    gpus: int = 1,
-    sharding: str | None = None,
-    variant: str | None = None,
-) -> Plan:
+def make_plan(name: str, **options: Any) -> Plan:
     """Work out what a model costs.
 
     Args:
         name: a preset, a recipe's YAML file or the folder of a model.
-        length: tokens a row; None is that of the recipe's data, or else the longest of the model.
-        budget: None is the model's own, or those of the recipe.
-        batch_size: rows a step; None is the recipe's, or 16 for each GPU.
-        tokens: to train on, rounded up to whole steps; None is what the recipe's steps come to.
-        precision: of training, float32 or bfloat16; None is the recipe's, or bfloat16.
-        device_flops: floating-point operations per second of a device at its best.
-        mfu: share of them that training reaches; None is 0.4.
-        memory: of a device, such as 80GB or 24GiB.
-        gpus: devices that train together.
-        sharding: how they share weights, gradients and moments: `ddp`, not at all, or `fsdp`; None is the
-            recipe's, or ddp.
-        variant: of a comparison, where `name` is the recipe of one.
+        options: fields of `PlanOptions`.
 
     Raises:
         InputError: naming the value and what was expected.
     """
-    _check_number("length", length, MAX_TOKENS)
-    for option, value in (("batch_size", batch_size), ("gpus", gpus)):
-        _check_number(option, value, MOST_ROWS)
-    for option, amount in (("tokens", tokens), ("device_flops", device_flops)):
-        _check_number(option, amount, MOST_AMOUNT)
-    _check_mfu(mfu, device_flops)
-    _check_sharding(sharding, gpus)
-    _check_precision(precision)
-    available = None if memory is None else parse_bytes(memory)
-    job = read_job(name, length, budget, batch_size, precision, gpus, variant)
-    devices = _Devices(gpus, sharding or job.sharding)
-    if tokens is not None:
-        job = replace(job, steps=math.ceil(tokens / (job.batch_size * job.length)))
-    rate = None if device_flops is None else gpus * device_flops * (mfu or DEFAULT_MFU)
-    config = job.config
+    asked = PlanOptions(**options)
+    _check_options(asked)
+    available = None if asked.memory is None else parse_bytes(asked.memory)
+    rate = None if asked.device_flops is None else asked.gpus * asked.device_flops * (asked.mfu or DEFAULT_MFU)
+    setup = read_setup(name, asked)
+    config = setup.config
     return Plan(
-        name=name if variant is None else f"{name}, {variant}",
+        name=name if asked.variant is None else f"{name}, {asked.variant}",
         config=_describe_config(config),
-        length=job.length,
+        length=setup.length,
         budget=str(config.exact_budget()),
-        precision=job.precision,
-        gradient_checkpointing=job.checkpointing,
-        gpus=gpus,
-        sharding=None if gpus == 1 else devices.sharding,
-        batch_size=job.batch_size,
-        micro_batch_size=job.micro_batch_size,
-        model=_costs(job, devices, rate),
-        dense=_costs(replace(job, config=dense_twin(config), budgets=()), devices, rate),
-        run=None if job.steps is None else _run(job, job.steps, rate),
-        fit=None if available is None else _fit(job, devices, available),
-        notes=[*job.notes, *devices.notes()],
+        precision=setup.precision,
+        gradient_checkpointing=setup.checkpointing,
+        gpus=setup.gpus,
+        sharding=None if setup.gpus == 1 else setup.sharding,
+        batch_size=setup.batch_size,
+        micro_batch_size=setup.micro_batch_size,
+        model=_costs(setup, rate),
+        dense=_costs(replace(setup, config=dense_twin(config), budgets=()), rate),
+        run=None if setup.steps is None else _run_costs(setup, setup.steps, rate),
+        fit=None if available is None else _fit(setup, available),
+        notes=list(setup.notes),
     )
 
 
@@ -264,9 +218,15 @@ def parse_bytes(text: str) -> float:
     return amount
 
 
-def _check_number(name: str, value: float | None, most: float) -> None:
-    if value is not None and not 0 < value <= most:
-        raise InputError(f"{name}={shown(value)}: expected more than 0 and at most {most:,}")
+def _check_options(options: PlanOptions) -> None:
+    limits = {"length": MAX_TOKENS, "batch_size": MOST_ROWS, "gpus": MOST_ROWS}
+    for name, most in {**limits, "tokens": MOST_AMOUNT, "device_flops": MOST_AMOUNT}.items():
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= most:
+            raise InputError(f"{name}={shown(value)}: expected more than 0 and at most {most:,}")
+    _check_mfu(options.mfu, options.device_flops)
+    _check_sharding(options.sharding, options.gpus)
+    _check_precision(options.precision)
 
 
 def _check_mfu(mfu: float | None, device_flops: float | None) -> None:
@@ -296,9 +256,9 @@ def _describe_config(config: ThoughtbubblesConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*names, *rules)} | {"fork_layers": list(config.gated_layers)}
 
 
-def _costs(job: Job, devices: _Devices, rate: float | None) -> Costs:
+def _costs(setup: Setup, rate: float | None) -> Costs:
     """Of one model; `rate` is what the devices do together, in floating-point operations per second."""
-    config, length = job.config, job.length
+    config, length = setup.config, setup.length
     training = training_flops(config, length) / length
     return Costs(
         parameters=parameter_counts(config),
@@ -306,60 +266,60 @@ def _costs(job: Job, devices: _Devices, rate: float | None) -> Costs:
         forward_flops=forward_flops(config, length) / length,
         training_flops=training,
         decoding_flops=decoding_flops(config, length),
-        cache_bytes=cache_bytes(config, length, precision=job.precision) / length,
-        memory=_memory(job, devices, job.micro_batch_size),
+        cache_bytes=cache_bytes(config, length, precision=setup.precision) / length,
+        memory=_memory(setup, setup.micro_batch_size),
         tokens_per_second=None if rate is None else rate / training,
     )
 
 
-def _memory(job: Job, devices: _Devices, rows: int) -> Memory:
+def _memory(setup: Setup, rows: int) -> Memory:
     """Of training with so many rows in a micro-batch."""
-    state = process_bytes(job.config, job.precision, job.checkpointing, devices.gpus, devices.sharding)
-    budget = max(map(parse_budget, job.budgets), default=None)
-    each = activation_bytes(job.config, job.length, budget, job.precision, job.checkpointing)
+    state = process_bytes(setup.config, setup.precision, setup.checkpointing, setup.gpus, setup.sharding)
+    budget = max(map(parse_budget, setup.budgets), default=None)
+    each = activation_bytes(setup.config, setup.length, budget, setup.precision, setup.checkpointing)
     total = state.total + rows * each.total
     return Memory(**asdict(state), activations=rows * each.saved, passing=rows * each.passing, total=total)
 
 
-def _run(job: Job, steps: int, rate: float | None) -> Run:
+def _run_costs(setup: Setup, steps: int, rate: float | None) -> RunCosts:
     """Of so many steps."""
-    dense = dense_twin(job.config)
+    dense = dense_twin(setup.config)
     flops = dense_tokens = 0
-    for budget, count in _steps_by_budget(job, steps).items():
-        config, rows = at_budget(job.config, budget), count * job.batch_size
-        flops += rows * training_flops(config, job.length)
-        dense_tokens += tokens_at_equal_flops(config, dense, job.length, rows * job.length)
-    return Run(
+    for budget, count in _steps_by_budget(setup, steps).items():
+        config, rows = at_budget(setup.config, budget), count * setup.batch_size
+        flops += rows * training_flops(config, setup.length)
+        dense_tokens += tokens_at_equal_flops(config, dense, setup.length, rows * setup.length)
+    return RunCosts(
         steps=steps,
-        tokens=steps * job.batch_size * job.length,
+        tokens=steps * setup.batch_size * setup.length,
         flops=flops,
         seconds=None if rate is None else flops / rate,
         dense_tokens=dense_tokens,
     )
 
 
-def _steps_by_budget(job: Job, steps: int) -> dict[Fraction, int]:
+def _steps_by_budget(setup: Setup, steps: int) -> dict[Fraction, int]:
     """How many of the steps train at each budget; of very many about as many."""
-    if not job.budgets:
-        return {job.config.exact_budget(): steps}
+    if not setup.budgets:
+        return {setup.config.exact_budget(): steps}
     from thoughtbubbles.training.meter import budget_of_step
 
     counted = min(steps, MOST_DRAWN)
-    drawn = Counter(parse_budget(budget_of_step(job.budgets, job.seed, step)) for step in range(1, counted + 1))
+    drawn = Counter(parse_budget(budget_of_step(setup.budgets, setup.seed, step)) for step in range(1, counted + 1))
     return {budget: round(Fraction(count * steps, counted)) for budget, count in drawn.items()}
 
 
-def _fit(job: Job, devices: _Devices, memory: float) -> Fit:
+def _fit(setup: Setup, memory: float) -> Fit:
     usable = USABLE_MEMORY * memory
     return Fit(
         memory=memory,
         usable=usable,
-        fits=_memory(job, devices, job.micro_batch_size).total <= usable,
-        micro_batch_size=_largest_micro_batch(replace(job, checkpointing=False), devices, usable),
-        checkpointed_micro_batch_size=_largest_micro_batch(replace(job, checkpointing=True), devices, usable),
+        fits=_memory(setup, setup.micro_batch_size).total <= usable,
+        micro_batch_size=_largest_micro_batch(replace(setup, checkpointing=False), usable),
+        checkpointed_micro_batch_size=_largest_micro_batch(replace(setup, checkpointing=True), usable),
     )
 
 
-def _largest_micro_batch(job: Job, devices: _Devices, usable: float) -> int | None:
+def _largest_micro_batch(setup: Setup, usable: float) -> int | None:
     """Rows of the largest micro-batch that divides a device's share of the batch and fits."""
-    return largest_micro_batch(job.batch_size // devices.gpus, lambda rows: _memory(job, devices, rows).total, usable)
+    return largest_micro_batch(setup.batch_size // setup.gpus, lambda rows: _memory(setup, rows).total, usable)

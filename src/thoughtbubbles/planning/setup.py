@@ -1,6 +1,7 @@
 """What is to be planned: a model, and how it is to be trained, from the name of a preset, a recipe or a model."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from thoughtbubbles.model.budget import Budget, parse_budget
 from thoughtbubbles.model.configuration import PRESETS, ThoughtbubblesConfig
 from thoughtbubbles.model.loading import load_config
+from thoughtbubbles.planning.options import PlanOptions
 from thoughtbubbles.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ DEFAULT_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """A model and how it is to be trained.
 
     Attributes:
@@ -29,7 +31,8 @@ class Job:
         micro_batch_size: rows of one forward pass on one GPU.
         precision: float32 or bfloat16.
         checkpointing: whether activations are computed again in the backward pass.
-        sharding: how several GPUs share it, ddp or fsdp.
+        gpus: that train it together.
+        sharding: how several of them share it, ddp or fsdp.
         steps: optimizer steps; None where nothing says how many.
         budgets: those that steps draw from, empty for the model's own.
         seed: by which they do.
@@ -42,6 +45,7 @@ class Job:
     micro_batch_size: int
     precision: str
     checkpointing: bool
+    gpus: int
     sharding: str
     steps: int | None
     budgets: tuple[Budget, ...] = ()
@@ -49,43 +53,43 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def read_job(
-    name: str,
-    length: int | None,
-    budget: Budget | None,
-    batch_size: int | None,
-    precision: str | None,
-    gpus: int,
-    variant: str | None,
-) -> Job:
-    """What a name stands for, changed as the options say; `planning.make_plan` explains them.
+def read_setup(name: str, options: PlanOptions) -> Setup:
+    """What a name stands for, changed as the options say.
 
     Raises:
         InputError: naming the value and what was expected.
     """
     is_recipe = Path(name).suffix in (".yaml", ".yml")
-    if variant is not None and not is_recipe:
-        raise _no_comparison(variant)
+    if options.variant is not None and not is_recipe:
+        raise _no_comparison(options.variant)
     if name in PRESETS:
         # A preset is no trained model: its longest row is no limit.
-        longest = {} if length is None else {"max_position_embeddings": length}
-        job = _job_of_model(ThoughtbubblesConfig.preset(name, **longest), batch_size, gpus)
+        longest = {} if options.length is None else {"max_position_embeddings": options.length}
+        setup = _setup_of_model(ThoughtbubblesConfig.preset(name, **longest), options)
     elif is_recipe:
-        job = _job_of_recipe(_load_recipe(name, batch_size, variant), gpus)
+        setup = _setup_of_recipe(_load_recipe(name, options), options.gpus)
     elif Path(name).is_dir():
-        job = _job_of_model(load_config(name), batch_size, gpus)
+        setup = _setup_of_model(load_config(name), options)
     else:
         raise InputError(
             f"config {name!r}: expected a preset ({', '.join(PRESETS)}), a recipe (.yaml) or the folder of a model"
         )
-    if length is not None:
-        job = replace(job, length=length)
-    if job.length > job.config.max_position_embeddings:
-        most = job.config.max_position_embeddings
-        raise InputError(f"length={job.length}: expected at most {most}, the model's max_position_embeddings")
-    if budget is not None:
-        job = replace(job, config=at_budget(job.config, budget), budgets=())
-    return job if precision is None else replace(job, precision=precision)
+    return _changed(setup, options)
+
+
+def _changed(setup: Setup, options: PlanOptions) -> Setup:
+    given: dict[str, Any] = {"length": options.length, "precision": options.precision, "sharding": options.sharding}
+    setup = replace(setup, **{name: value for name, value in given.items() if value is not None})
+    if setup.length > setup.config.max_position_embeddings:
+        most = setup.config.max_position_embeddings
+        raise InputError(f"length={setup.length}: expected at most {most}, the model's max_position_embeddings")
+    if options.budget is not None:
+        setup = replace(setup, config=at_budget(setup.config, options.budget), budgets=())
+    if options.tokens is not None:
+        setup = replace(setup, steps=math.ceil(options.tokens / (setup.batch_size * setup.length)))
+    if setup.gpus > 1:
+        setup = replace(setup, notes=(*setup.notes, "Times leave out what GPUs wait for each other."))
+    return setup
 
 
 def at_budget(config: ThoughtbubblesConfig, budget: Budget) -> ThoughtbubblesConfig:
@@ -103,24 +107,34 @@ def at_budget(config: ThoughtbubblesConfig, budget: Budget) -> ThoughtbubblesCon
     return changed
 
 
-def _job_of_model(config: ThoughtbubblesConfig, batch_size: int | None, gpus: int) -> Job:
-    rows = batch_size or DEFAULT_BATCH_SIZE * gpus
+def _setup_of_model(config: ThoughtbubblesConfig, options: PlanOptions) -> Setup:
+    gpus = options.gpus
+    rows = options.batch_size or DEFAULT_BATCH_SIZE * gpus
     if rows % gpus:
         raise InputError(f"batch_size={rows}: expected a multiple of gpus={gpus}")
-    length = config.max_position_embeddings
-    return Job(config, length, rows, rows // gpus, "bfloat16", checkpointing=False, sharding="ddp", steps=None)
+    return Setup(
+        config=config,
+        length=config.max_position_embeddings,
+        batch_size=rows,
+        micro_batch_size=rows // gpus,
+        precision="bfloat16",
+        checkpointing=False,
+        gpus=gpus,
+        sharding="ddp",
+        steps=None,
+    )
 
 
-def _load_recipe(name: str, batch_size: int | None, variant: str | None) -> "Recipe":
+def _load_recipe(name: str, options: PlanOptions) -> "Recipe":
     """The recipe of a run, or that of a variant of a comparison."""
     from thoughtbubbles.recipes.training import lay_over, parse_recipe, read_sections
 
     content = read_sections(Path(name))
     if "output" in content:  # of a comparison: a run has it in its section training
-        content = _sections_of_variant(content, name, variant)
-    elif variant is not None:
-        raise _no_comparison(variant)
-    changed = {} if batch_size is None else {"training": {"batch_size": batch_size}}
+        content = _sections_of_variant(content, name, options.variant)
+    elif options.variant is not None:
+        raise _no_comparison(options.variant)
+    changed = {} if options.batch_size is None else {"training": {"batch_size": options.batch_size}}
     return parse_recipe(lay_over(content, changed))
 
 
@@ -146,7 +160,7 @@ def _sections_of_variant(content: Mapping[str, Any], name: str, variant: str | N
     return sections
 
 
-def _job_of_recipe(recipe: "Recipe", gpus: int) -> Job:
+def _setup_of_recipe(recipe: "Recipe", gpus: int) -> Setup:
     from thoughtbubbles.data.feed.rundata import check_batch
     from thoughtbubbles.recipes.training import model_config
 
@@ -159,13 +173,14 @@ def _job_of_recipe(recipe: "Recipe", gpus: int) -> Job:
     if settings.training_budgets is not None:
         budgets = ", ".join(map(str, settings.training_budgets))
         notes = (*notes, f"Steps draw their budget from {budgets}: the run is theirs, memory that of the largest.")
-    return Job(
+    return Setup(
         config=config,
         length=min(longest or config.max_position_embeddings, config.max_position_embeddings),
         batch_size=settings.batch_size,
         micro_batch_size=micro_batch_size,
         precision="bfloat16" if settings.precision == "auto" else settings.precision,
         checkpointing=settings.gradient_checkpointing,
+        gpus=gpus,
         sharding=settings.sharding,
         steps=settings.steps,
         budgets=tuple(settings.training_budgets or ()),

@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from thoughtbubbles.planning.plan import Costs, Fit, Plan, Run
+from thoughtbubbles.planning.plan import Costs, Fit, Plan, RunCosts
 
 Row = tuple[str, Callable[[Costs], float]]
 
@@ -130,7 +130,7 @@ def closing_lines(plan: Plan) -> Iterator[str]:
         yield from plan.notes
 
 
-def _run_lines(plan: Plan, run: Run) -> Iterator[str]:
+def _run_lines(plan: Plan, run: RunCosts) -> Iterator[str]:
     several = "" if plan.sharding is None else f" on {plan.gpus:,} GPUs"
     time = "" if run.seconds is None else f", {_duration(run.seconds)}{several}"
     yield (

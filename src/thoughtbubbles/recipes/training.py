@@ -1,6 +1,5 @@
 """Recipes: one YAML file a run, every key checked."""
 
-import copy
 import inspect
 import math
 import re
@@ -8,14 +7,23 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from thoughtbubbles.model.budget import Budget, parse_budget
-from thoughtbubbles.recipes.values import WORDS, check_known, check_seed, convert, expand_user, parse_yaml, read_yaml
+from thoughtbubbles.recipes.values import (
+    WORDS,
+    check_known,
+    check_seed,
+    convert,
+    expand_user,
+    option,
+    parse_yaml,
+    read_yaml,
+)
 from thoughtbubbles.support.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -40,18 +48,6 @@ MOST_ROWS = 2**20
 
 class RecipeError(InputError):
     """A recipe that cannot be used: one line that names the key, the value and what was expected."""
-
-
-def option(help_text: str, default: Any = MISSING, *, path: bool = False) -> Any:
-    """A field of a section whose help is its documentation.
-
-    Args:
-        path: it names a file or folder, or maps such names: a leading `~` is the home folder.
-    """
-    metadata = {"help": help_text, "path": path}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass

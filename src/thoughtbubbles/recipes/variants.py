@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thoughtbubbles.recipes.training import RecipeError, lay_over, option, parse_section
-from thoughtbubbles.recipes.values import check_known, nearest
+from thoughtbubbles.recipes.training import RecipeError, lay_over, parse_section
+from thoughtbubbles.recipes.values import check_known, nearest, option
 from thoughtbubbles.support.errors import shown
 
 

@@ -124,7 +124,8 @@ def test_a_text_file_has_no_rows_to_fill_a_template(tmp_path: Path) -> None:
     ],
 )
 def test_templates_of_shipped_recipes(name: str, row: dict[str, Any], text: str) -> None:
-    (source,) = load_preparation(RECIPES / f"{name}.yaml")["sources"]
+    (source,) = load_preparation(RECIPES / f"{name}.yaml").sources
+    assert isinstance(source, dict)
     assert render(source["template"], row, "row") == text
 
 

@@ -13,6 +13,7 @@ from thoughtbubbles.data.preparation.packing import token_type
 from thoughtbubbles.data.sources.corpora import FileSource, Source, check_different, resolve_source
 from thoughtbubbles.data.sources.identity import stat_facts
 from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
+from thoughtbubbles.recipes.preparation import Preparation, SourceName
 from thoughtbubbles.recipes.values import check_seed
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.text import document_separator
@@ -20,25 +21,30 @@ from thoughtbubbles.support.text import document_separator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SourceName = str | Mapping[str, Any]
 # Longer rows no budget is exact for.
 MAX_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare; the arguments of `prepare` explain the options."""
+    """What to prepare.
 
+    Attributes:
+        options: as they were given.
+        sources: that their names stand for.
+        validation: the same of the validation sources.
+        tokenizer: that they name; None where one is trained.
+    """
+
+    options: Preparation
     sources: tuple[Source, ...]
     validation: tuple[Source, ...]
-    text_field: str
-    tokenizer_name: str | None
     tokenizer: "PreTrainedTokenizerFast | None"
-    vocab_size: int
-    block_size: int
-    validation_fraction: float | None
-    limit_tokens: int | None
-    seed: int
+
+    @property
+    def validation_fraction(self) -> float | None:
+        """Share of the documents held out; None given validation sources."""
+        return None if self.validation else self.options.validation_fraction
 
     @property
     def everything(self) -> tuple[Source, ...]:
@@ -48,18 +54,19 @@ class Job:
     @property
     def limits(self) -> list[int | None]:
         """The limit of tokens of each; validation sources have none."""
-        return [self.limit_tokens] * len(self.sources) + [None] * len(self.validation)
+        return [self.options.limit_tokens] * len(self.sources) + [None] * len(self.validation)
 
     def fingerprint(self) -> str:
         """Sha256 of all that the result depends on; files by path, size and time of change."""
+        options = self.options
         return _hash(
             {
                 "format_version": FORMAT_VERSION,
                 "sources": [source_facts(source) for source in self.sources],
                 "validation": [source_facts(source) for source in self.validation],
-                "text_field": self.text_field,
+                "text_field": options.text_field,
                 "tokenizer": (
-                    {"trained": self.vocab_size}
+                    {"trained": options.vocab_size}
                     if self.tokenizer is None
                     else {
                         "given": self.tokenizer.backend_tokenizer.to_str(),
@@ -67,9 +74,9 @@ class Job:
                     }
                 ),
                 "validation_fraction": self.validation_fraction,
-                "block_size": self.block_size,
-                "limit_tokens": self.limit_tokens,
-                "seed": self.seed,
+                "block_size": options.block_size,
+                "limit_tokens": options.limit_tokens,
+                "seed": options.seed,
             }
         )
 
@@ -79,62 +86,42 @@ class Job:
         return _hash({"job": self.fingerprint(), "streaming": ways, "datasets": version("datasets")})
 
 
-def make_job(
-    sources: Sequence[SourceName],
-    validation: Sequence[SourceName],
-    *,
-    text_field: str,
-    tokenizer: str | None,
-    vocab_size: int,
-    block_size: int,
-    validation_fraction: float,
-    limit_tokens: int | None,
-    seed: int,
-) -> Job:
+def make_job(options: Preparation) -> Job:
     """Check the options of `prepare`, find its sources and load its tokenizer.
 
     Raises:
         DataError: an option, source or tokenizer that cannot be used.
     """
-    for name, value in (("sources", sources), ("validation", validation)):
-        if isinstance(value, str | Mapping):
-            raise DataError(f"{name} is {value!r}: expected a list of names")
-    _check_numbers(vocab_size, block_size, validation_fraction, limit_tokens)
-    check_seed("seed", seed, DataError)
-    if not sources:
-        raise DataError("sources is empty: expected at least one name")
-    found, held_out = _resolve(sources), _resolve(validation)
-    for source in found + held_out:
-        if tokenizer is None and not isinstance(source, FileSource) and source.streaming:
+    _check_options(options)
+    sources, validation = _resolve(options.sources), _resolve(options.validation)
+    for source in sources + validation:
+        if options.tokenizer is None and not isinstance(source, FileSource) and source.streaming:
             raise DataError(
                 f"source {source.name!r} is streamed and would be read twice to train a tokenizer: "
                 "expected --tokenizer, or streaming=false"
             )
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    if loaded is not None:
-        token_type(vocabulary_size(loaded))
-    return Job(
-        sources=found,
-        validation=held_out,
-        text_field=text_field,
-        tokenizer_name=tokenizer,
-        tokenizer=loaded,
-        vocab_size=vocab_size,
-        block_size=block_size,
-        validation_fraction=None if validation else validation_fraction,
-        limit_tokens=limit_tokens,
-        seed=seed,
-    )
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    if tokenizer is not None:
+        token_type(vocabulary_size(tokenizer))
+    return Job(options, sources, validation, tokenizer)
 
 
-def _check_numbers(vocab_size: int, block_size: int, validation_fraction: float, limit_tokens: int | None) -> None:
-    check_vocab_size(vocab_size)
-    if not 2 <= block_size <= MAX_TOKENS:
-        raise DataError(f"block_size is {block_size}: expected at least 2, a token and the next, at most {MAX_TOKENS}")
-    if not 0 < validation_fraction < 1:
-        raise DataError(f"validation_fraction is {validation_fraction}: expected more than 0 and less than 1")
-    if limit_tokens is not None and limit_tokens < 1:
-        raise DataError(f"limit_tokens is {limit_tokens}: expected at least 1")
+def _check_options(options: Preparation) -> None:
+    for name, value in (("sources", options.sources), ("validation", options.validation)):
+        if isinstance(value, str | Mapping):
+            raise DataError(f"{name} is {value!r}: expected a list of names")
+    check_vocab_size(options.vocab_size)
+    if not 2 <= options.block_size <= MAX_TOKENS:
+        raise DataError(
+            f"block_size is {options.block_size}: expected at least 2, a token and the next, at most {MAX_TOKENS}"
+        )
+    if not 0 < options.validation_fraction < 1:
+        raise DataError(f"validation_fraction is {options.validation_fraction}: expected more than 0 and less than 1")
+    if options.limit_tokens is not None and options.limit_tokens < 1:
+        raise DataError(f"limit_tokens is {options.limit_tokens}: expected at least 1")
+    check_seed("seed", options.seed, DataError)
+    if not options.sources:
+        raise DataError("sources is empty: expected at least one name")
 
 
 def _resolve(names: Iterable[SourceName]) -> tuple[Source, ...]:

@@ -4,14 +4,15 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from thoughtbubbles.data.preparation.job import SourceName, make_job
+from thoughtbubbles.data.preparation.job import Job, make_job
 from thoughtbubbles.data.preparation.manifest import MANIFEST_NAME, Manifest
 from thoughtbubbles.data.preparation.prepared import SPLITS, check_complete
 from thoughtbubbles.data.preparation.stages import Run
 from thoughtbubbles.data.preparation.verification import verify
 from thoughtbubbles.data.preparation.workfolder import discard_work, locked_work, publish, resumable
-from thoughtbubbles.data.sources.corpora import PYTHON_STDLIB
+from thoughtbubbles.recipes.preparation import PYTHON_STDLIB, Preparation, SourceName
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
 from thoughtbubbles.support.progress import say
@@ -26,17 +27,10 @@ def prepare(
     output: str | Path,
     sources: Sequence[SourceName] = (PYTHON_STDLIB,),
     *,
-    text_field: str = "text",
-    tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    block_size: int = 512,
-    validation_fraction: float = 0.05,
-    validation: Sequence[SourceName] = (),
-    limit_tokens: int | None = None,
-    seed: int = 0,
     num_proc: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Manifest:
     """Read documents, tokenise them, and write blocks of token ids for training and validation.
 
@@ -58,29 +52,11 @@ def prepare(
 
     Args:
         output: the folder to write; missing parents are made.
-        sources: each `python-stdlib` (the running Python's standard library, a file a document), a text file (one
-            document), a folder (every text, parquet and jsonl file below it), a parquet or jsonl file (a row a
-            document), a glob, or a dataset of the Hugging Face hub (a row a document) as
-            `hf:NAME?config=C&split=S&field=F&streaming=true&revision=R&data_files=G`, of which all but NAME can be
-            left out and NAME can be a folder; or a mapping with `hub` or `path` and those keys, or with `template`, of
-            Jinja over the fields of a row, in place of `field`.
-        text_field: the field of rows that holds the text, where a source names none.
-        tokenizer: a folder or a name on the hub that AutoTokenizer loads, with an eos token; None trains a
-            byte-level BPE on the training documents, or on a sample of them of `TOKENIZER_TRAINING_BYTES`.
-        vocab_size: of the trained tokenizer, at most, the end-of-text token included; without effect on another.
-        block_size: tokens a block.
-        validation_fraction: of the documents, at least one, to hold out; without effect given `validation`.
-        validation: sources of validation documents. A document of `sources` that holds the same text as one of
-            them is left out.
-        limit_tokens: tokens to read of each of `sources` at most, separators counted; the document that reaches it
-            is the last. None is no limit. A tokenizer is trained on documents beyond it too.
-        seed: of the held-out documents and of the order.
+        sources: names of sources, or mappings.
         num_proc: threads that tokenise; None is one a core.
         overwrite: replace a folder prepared with other options.
         progress: show progress bars on standard error.
-
-    Returns:
-        The manifest, as in OUTPUT/manifest.json.
+        options: the other fields of `Preparation`, which says what sources there are.
 
     Raises:
         DataError: a source, option or tokenizer that cannot be used, too little text for a block, or an output
@@ -89,18 +65,11 @@ def prepare(
     """
     if num_proc is not None and not 1 <= num_proc <= MOST_THREADS:
         raise DataError(f"num_proc is {num_proc}: expected at least 1, at most {MOST_THREADS}")
-    job = make_job(
-        sources,
-        validation,
-        text_field=text_field,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        block_size=block_size,
-        validation_fraction=validation_fraction,
-        limit_tokens=limit_tokens,
-        seed=seed,
-    )
-    folder = user_path(output).resolve()
+    job = make_job(Preparation(sources, **options))
+    return _carry_out(job, user_path(output).resolve(), num_proc or os.cpu_count() or 1, overwrite, progress)
+
+
+def _carry_out(job: Job, folder: Path, threads: int, overwrite: bool, progress: bool) -> Manifest:
     fingerprint = job.fingerprint()
     if (ready := _already_prepared(folder, fingerprint, overwrite, progress)) is not None:
         discard_work(folder, job.work_fingerprint())
@@ -110,7 +79,7 @@ def prepare(
         if (ready := _already_prepared(folder, fingerprint, overwrite, progress)) is not None:
             return ready
         with resumable(work, folder, job.work_fingerprint(), progress):
-            manifest = Run(job, fingerprint, work, num_proc or os.cpu_count() or 1, progress).manifest()
+            manifest = Run(job, fingerprint, work, threads, progress).manifest()
             publish(work, folder)
     return manifest
 

@@ -28,11 +28,12 @@ from thoughtbubbles.data.preparation.survey import Sample, Survey, read_sample, 
 from thoughtbubbles.data.preparation.tokenising import Tokeniser
 from thoughtbubbles.data.preparation.verification import hash_folder
 from thoughtbubbles.data.preparation.workfolder import RESULT, SHARDS, SURVEY, fresh, has_work
-from thoughtbubbles.data.sources.corpora import PYTHON_STDLIB, FileSource, Source
+from thoughtbubbles.data.sources.corpora import FileSource, Source
 from thoughtbubbles.data.sources.hub import HubSource, newest_commit, quiet_datasets
 from thoughtbubbles.data.sources.reading import Reader, open_documents
 from thoughtbubbles.data.splitting import Digests, Documents, Indices, Split, split_documents
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
+from thoughtbubbles.recipes.preparation import PYTHON_STDLIB
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.progress import say, stage
 from thoughtbubbles.support.text import document_separator, record_start
@@ -95,7 +96,7 @@ class Run:
 
         for number, source in enumerate(self.job.everything):
             if number >= first and number not in self._opened:
-                self._opened[number] = open_documents(pinned(source), self.job.text_field, self.progress)
+                self._opened[number] = open_documents(pinned(source), self.job.options.text_field, self.progress)
         return self._opened
 
     @cached_property
@@ -107,17 +108,17 @@ class Run:
         if others or job.validation_fraction is None or streamed:
             return None
         reader = self._readers()[0]
-        cut = find_cut(reader, job.validation_fraction, job.block_size)
+        cut = find_cut(reader, job.validation_fraction, job.options.block_size)
         if cut is not None:
             say(str(cut), self.progress)
-            self._opened[0] = CutReader(reader, job.validation_fraction, job.block_size)
+            self._opened[0] = CutReader(reader, job.validation_fraction, job.options.block_size)
         return cut
 
     def _split(self, digests: Digests, count: int, among: Digests | None = None) -> Split:
         """Divide the documents, of which `count` are of the sources and the rest of the validation sources."""
         if self._cut is not None:
             return Split(train=np.array([0]), validation=np.array([1]))
-        return split_documents(digests, count, self.job.validation_fraction, self.job.seed, among)
+        return split_documents(digests, count, self.job.validation_fraction, self.job.options.seed, among)
 
     def _commits(self) -> dict[str, str | None]:
         """The commits of the hub's datasets at the first start: a later one would go on in another text."""
@@ -146,7 +147,9 @@ class Run:
         if sample is None:
             job = self.job
             split = self._split(survey.digests, sum(survey.counts[: len(job.sources)]))
-            sample = train_on_sample(survey, split.train, self._readers(), job.vocab_size, folder, self.progress)
+            sample = train_on_sample(
+                survey, split.train, self._readers(), job.options.vocab_size, folder, self.progress
+            )
         return sample
 
     def _save_tokenizer(self, folder: Path) -> "PreTrainedTokenizerFast":
@@ -161,7 +164,7 @@ class Run:
         found = sum(store.readings(len(sources)), Reading())
         if found.documents:
             say(f"found {found.documents:,} documents and {found.tokens:,} tokens of an earlier start", self.progress)
-        total = None if survey is None or self.job.limit_tokens else int(survey.sizes.sum())
+        total = None if survey is None or self.job.options.limit_tokens else int(survey.sizes.sum())
         readers = self._readers(store.place.source)
         encoder = Encoder(tokenizer, self.threads)
         with stage("Tokenising", total, self.progress) as bar:
@@ -183,13 +186,13 @@ class Run:
         job, documents, readings = self.job, store.documents(), store.readings(len(self.job.everything))
         commits = self._commits()
         records = tuple(
-            _source_record(source, reading, limit, job.text_field, commits.get(source.name))
+            _source_record(source, reading, limit, job.options.text_field, commits.get(source.name))
             for source, reading, limit in zip(job.everything, readings, job.limits, strict=True)
         )
         split = self._split(
             documents["digest"],
             sum(reading.documents for reading in readings[: len(job.sources)]),
-            among=survey.digests if survey is not None and job.limit_tokens else None,
+            among=survey.digests if survey is not None and job.options.limit_tokens else None,
         )
         separator = document_separator(tokenizer)
         train = self._pack_split("train", split.train, store, documents, separator)
@@ -201,15 +204,15 @@ class Run:
             fingerprint=self.fingerprint,
             sources=records[: len(job.sources)],
             validation_sources=records[len(job.sources) :],
-            text_field=job.text_field,
-            block_size=job.block_size,
+            text_field=job.options.text_field,
+            block_size=job.options.block_size,
             validation_fraction=job.validation_fraction,
-            seed=job.seed,
+            seed=job.options.seed,
             vocab_size=vocabulary_size(tokenizer),
             cut=cut,
             excluded_documents=len(documents) - len(split.train) - len(split.validation),
             packing=PACKING,
-            tokenizer=_tokenizer_record(job.tokenizer_name, tokenizer, sample, self.work / RESULT / "tokenizer"),
+            tokenizer=_tokenizer_record(job.options.tokenizer, tokenizer, sample, self.work / RESULT / "tokenizer"),
             train=train,
             validation=validation,
             versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -220,7 +223,7 @@ class Run:
         self, name: str, order: Indices, store: ShardStore, documents: Documents, separator: int
     ) -> SplitRecord:
         path = self.work / f"{name}.tokens"
-        block_size = self.job.block_size
+        block_size = self.job.options.block_size
         with stage(f"Packing {name}", 1, self.progress) as bar:
             packed = pack(store.tokens(), documents["tokens"], order, separator, store.dtype, block_size, path, name)
             _save_blocks(packed, self.work / RESULT / name, f"{self.fingerprint}-{name}")

@@ -1,0 +1,5 @@
+"""The command `thoughtbubbles`: a module for each family of commands, which import what they need when they run."""
+
+from thoughtbubbles.cli.application import app, main
+
+__all__ = ["app", "main"]

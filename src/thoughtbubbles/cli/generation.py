@@ -1,0 +1,264 @@
+"""Commands that show a model at work: `generate`, `inspect` and `demo`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thoughtbubbles.cli.shared import (
+    BudgetOption,
+    JsonOption,
+    ModelArgument,
+    TextFieldOption,
+    bad_input,
+    check_vocabulary,
+    say_written,
+)
+from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.files import json_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; empty starts a new document.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the prompt, or one in each row of .jsonl, .json, .csv or .parquet; without either, "
+            "standard input does."
+        ),
+    ] = None,
+    text_field: TextFieldOption = "text",
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass.", min=0, max=1)] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample among tokens of at least this share of the likeliest's.", min=0, max=1)
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.", min=0.01)] = 1.0,
+    budget: BudgetOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    show_bubbles: Annotated[
+        bool, typer.Option("--show-bubbles", help="Afterwards mark each token with the streams it ended with.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not the text as it comes.")] = False,
+) -> None:
+    """Continue a prompt, printing tokens as they come."""
+    from thoughtbubbles.evaluation.generation import Sampling, generate_text
+    from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
+    from thoughtbubbles.model.budget import parse_budget
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
+    from thoughtbubbles.recipes.values import check_seed
+    from thoughtbubbles.support.text import token_pieces
+
+    check_seed("--seed", seed, InputError)
+    with bad_input():
+        parse_budget(budget or 1)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    for text in _prompts(prompt, file, text_field, interactive):
+        with bad_input():
+            streamer = None if as_json else _streamer(tokenizer)
+            made = generate_text(loaded, tokenizer, text, max_new_tokens, sampling, budget, seed, streamer)
+        sizes = final_bubbles(loaded, made.ids, budget) if show_bubbles else None
+        if as_json:
+            typer.echo(json_text({**asdict(made), "seed": seed, "bubbles": sizes}))
+        elif sizes is not None:
+            typer.echo(mark_bubbles(token_pieces(tokenizer, made.ids), sizes))
+
+
+def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
+    from thoughtbubbles.evaluation.generation import TextPrinter
+
+    return TextPrinter(tokenizer, partial(typer.echo, nl=False))
+
+
+def _standard_input() -> str:
+    """All of standard input, its line ends as they are."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8: {error}") from None
+
+
+def _prompts(prompt: str | None, file: Path | None, text_field: str, interactive: bool) -> Iterator[str]:
+    """The prompts of a call: one, as many as a user types, or each document of a file."""
+    from thoughtbubbles.data.sources.reading import read_texts
+
+    if sum((prompt is not None, file is not None, interactive)) > 1:
+        raise InputError("--prompt, --file, --interactive: expected at most one of them")
+    if interactive:
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+    elif file is not None:
+        yield from read_texts(file, text_field)
+    elif prompt is not None:
+        _check_text("--prompt", prompt)
+        yield prompt
+    else:
+        yield "" if sys.stdin.isatty() else _standard_input()
+
+
+def _check_text(name: str, text: str) -> None:
+    """Check that what a command line holds is text: it may be any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: expected text in UTF-8: {error}") from None
+
+
+def inspect(
+    model: ModelArgument,
+    text: Annotated[str | None, typer.Option(help="A text to trace.", show_default=False)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Or a folder that `thoughtbubbles prepare` wrote: statistics over its validation split."),
+    ] = None,
+    budget: BudgetOption = None,
+    token: Annotated[
+        int | None,
+        typer.Option(
+            help="With --text: the token whose family tree is drawn, counted from 0, which is the separator in front; "
+            "if not given, the one with the largest bubble.",
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="With --data: only so many blocks, evenly spaced.", min=1, show_default=False)
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="With --data: a dense model that measures entropy and surprisal too.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures (PNG and SVG), JSON and the trace (Parquet).", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """See where a model thinks: in one text, or on average over a corpus."""
+    from thoughtbubbles.model.budget import parse_budget
+
+    if (text is None) == (data is None):
+        raise InputError("--text, --data: expected exactly one of them")
+    misplaced = [("--token", token, data), ("--blocks", blocks, text), ("--reference", reference, text)]
+    for name, value, other in misplaced:
+        if value is not None and other is not None:
+            raise InputError(f"{name}={value}: expected it with {'--text' if name == '--token' else '--data'} alone")
+    _check_text("--text", text or "")
+    with bad_input():
+        parse_budget(budget or 1)
+    from thoughtbubbles.inspection.report import MARKS
+    from thoughtbubbles.support.folders import output_folder
+
+    with bad_input(), nullcontext() if output is None else output_folder(output, MARKS):
+        if text is not None:
+            _inspect_text(model, text, budget, token, output, as_json)
+        elif data is not None:
+            _inspect_data(model, data, budget, blocks, reference, output, as_json)
+
+
+def _inspect_text(
+    model: str, text: str, budget: str | None, token: int | None, output: Path | None, as_json: bool
+) -> None:
+    from thoughtbubbles.inspection.report import inspect_text, show_report, write_report
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
+    from thoughtbubbles.support.progress import stage
+
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    with stage("deleting bubbles", None, enabled=not as_json) as bar:
+        report = inspect_text(loaded, tokenizer, text, budget, token, partial(bar.advance, note="bubbles"))
+    if report.tokens_cut:
+        kept = len(report.trace.ids)
+        typer.echo(f"text of {kept + report.tokens_cut} tokens: cut to the first {kept}, all that fit", err=True)
+    if as_json:
+        typer.echo(json_text(report.to_dict()))
+    else:
+        show_report(report)
+    if output is not None:
+        say_written(write_report(report, output), output)
+
+
+def _inspect_data(
+    model: str,
+    data: Path,
+    budget: str | None,
+    blocks: int | None,
+    reference: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.inspection.report import (
+        WORD_BLOCKS,
+        check_reference,
+        show_statistics,
+        write_statistics,
+    )
+    from thoughtbubbles.inspection.survey import gather_statistics
+    from thoughtbubbles.inspection.words import count_words
+    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_model
+    from thoughtbubbles.support.progress import stage
+    from thoughtbubbles.support.sampling import spread
+
+    prepared = load_prepared(data)
+    loaded = load_model(model)
+    check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
+    tokenizer = prepared.tokenizer()
+    check_tokenizer(model, tokenizer, str(data))
+    check_start(model, tokenizer, str(data))
+    independent = None
+    if reference is not None:
+        independent = load_model(reference)
+        check_reference(loaded, independent, reference)
+        check_tokenizer(reference, tokenizer, str(data))
+    rows = prepared.validation[spread(len(prepared.validation), blocks)]["input_ids"]
+    words = count_words(tokenizer, prepared.train[:WORD_BLOCKS]["input_ids"].tolist())
+    with stage("inspecting", rows.numel(), enabled=not as_json) as bar:
+        note = partial(bar.advance, note="tokens")
+        found = gather_statistics(loaded, tokenizer, rows, words, budget, independent, on_progress=note)
+    if as_json:
+        typer.echo(json_text(found.to_dict()))
+    else:
+        show_statistics(found)
+    if output is not None:
+        say_written(write_statistics(found, output), output)
+
+
+def demo(
+    model: ModelArgument,
+    other: Annotated[str | None, typer.Argument(help="A second model, shown beside the first.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of this machine; if not given, the first free one from 7860 on.",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Open a page that shows a model think: its bubbles, token by token, at any budget.
+
+    The page is served to this machine alone. It needs gradio: pip install 'thoughtbubbles\\[demo]'.
+    """
+    from thoughtbubbles.app.exhibit import Exhibit
+    from thoughtbubbles.app.page import serve
+    from thoughtbubbles.model.loading import load_model, load_tokenizer
+
+    names = [model] if other is None else [model, other]
+    server = serve([Exhibit(name, load_model(name), load_tokenizer(name)) for name in names], port)
+    typer.echo(f"Thoughtbubbles is at {server.address} (Ctrl-C ends it)")
+    server.wait()
