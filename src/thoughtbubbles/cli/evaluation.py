@@ -162,7 +162,6 @@ def evaluate(
     from thoughtbubbles.evaluation.benchmarks import parse_tasks
     from thoughtbubbles.evaluation.evaluate import Options, parse_budgets
     from thoughtbubbles.evaluation.evaluate import evaluate as run_evaluation
-    from thoughtbubbles.evaluation.records import EvaluationFolder
     from thoughtbubbles.evaluation.report import write_report
 
     options = Options(
@@ -175,12 +174,19 @@ def evaluate(
         use_cache=not no_cache,
         batch_size=batch_size,
     )
-    other = None if against is None else EvaluationFolder(against)
-    if other is not None:
-        _ = other.settings  # before the work: it may be no evaluation
+    other = None if against is None else _read_evaluation(against)
     folder = run_evaluation(model, output, options, progress=not quiet)
     typer.echo(write_report(folder, other))
     _plot_budgets(folder, output, _title(model))
+
+
+def _read_evaluation(path: Path) -> "EvaluationFolder":
+    """The evaluation in a folder, which may be none: that shows before the work."""
+    from thoughtbubbles.evaluation.records import EvaluationFolder
+
+    folder = EvaluationFolder(path)
+    _ = folder.settings
+    return folder
 
 
 def _plot_budgets(folder: "EvaluationFolder", output: Path, title: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from thoughtbubbles.recipes.values import option
+from thoughtbubbles.support.options import option
 
 if TYPE_CHECKING:
     from thoughtbubbles.model.budget import Budget

@@ -17,9 +17,10 @@ from thoughtbubbles.recipes.training import (
     parse_section,
     read_sections,
 )
-from thoughtbubbles.recipes.values import check_known, check_seed, expand_user, option
+from thoughtbubbles.recipes.values import check_known, check_seed, expand_user
 from thoughtbubbles.recipes.variants import MOST_SHARE, SHIPPED, Variant, VariantSection, parse_variants
 from thoughtbubbles.support.errors import shown
+from thoughtbubbles.support.options import option
 
 BASE = ("model", "data", "training")
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.recipes.values import check_known, convert, option, read_yaml
+from thoughtbubbles.recipes.values import check_known, convert, read_yaml
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
+from thoughtbubbles.support.options import option
 
 PYTHON_STDLIB = "python-stdlib"
 SourceName = str | Mapping[str, Any]

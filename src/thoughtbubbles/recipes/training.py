@@ -20,11 +20,11 @@ from thoughtbubbles.recipes.values import (
     check_seed,
     convert,
     expand_user,
-    option,
     parse_yaml,
     read_yaml,
 )
 from thoughtbubbles.support.errors import InputError, shown
+from thoughtbubbles.support.options import option
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -1,12 +1,10 @@
 """Options read from YAML: unknown keys and values of a wrong type are one clear line."""
 
-import copy
 import difflib
 import math
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,6 @@ MOST_LEVELS = 16
 MOST_VALUES = 100_000
 # numpy takes no other seeds.
 MOST_SEED = 2**32 - 1
-
-
-def option(help_text: str, default: Any = MISSING, *, path: bool = False) -> Any:
-    """A field of a section whose help is its documentation.
-
-    Args:
-        path: it names a file or folder, or maps such names: a leading `~` is the home folder.
-    """
-    metadata = {"help": help_text, "path": path}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def read_yaml(path: Path, error: type[InputError]) -> Any:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thoughtbubbles.recipes.training import RecipeError, lay_over, parse_section
-from thoughtbubbles.recipes.values import check_known, nearest, option
+from thoughtbubbles.recipes.values import check_known, nearest
 from thoughtbubbles.support.errors import shown
+from thoughtbubbles.support.options import option
 
 
 @dataclass(frozen=True)
