@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.comparison.pages import markdown_table
-from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.evaluation.report import ComparisonRow, Row, comparison_table, table_of
+from thoughtbubbles.support.tables import Table, markdown_table
 
 PAGE = Path("docs/results.md")
 README = Path("README.md")
@@ -52,23 +51,22 @@ def fill(text: str, name: str, table: str) -> str:
 def decoding_table(result: dict[str, Any]) -> str:
     """Milliseconds a step for each context and batch, one column a variant."""
     variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
-    lines = ["| batch | context | " + " | ".join(variants) + " | ours / dense | cache, kB per token |"]
-    lines.append("| ---: | ---: |" + " ---: |" * (len(variants) + 2))
+    lines = []
     places = dict.fromkeys((row["batch"], row["context"]) for row in result["rows"])
     for batch, context in places:
         at = {row["variant"]: row for row in result["rows"] if (row["batch"], row["context"]) == (batch, context)}
         cells = [f"{at[v]['milliseconds']:,.1f}" if v in at else "" for v in variants]
         ratio = at["ours, cached"]["milliseconds"] / at["dense, cached"]["milliseconds"]
         sizes = " / ".join(f"{at[v]['cache_bytes_per_token'] / 1000:.0f}" for v in ("ours, cached", "dense, cached"))
-        lines.append(f"| {batch} | {context:,} | {' | '.join(cells)} | {ratio:.2f} | {sizes} |")
+        lines.append([str(batch), f"{context:,}", *cells, f"{ratio:.2f}", sizes])
     machine = result["machine"]
-    lines.append("")
-    lines.append(
+    facts = (
         f"Milliseconds a step, medians of {result['settings']['steps']} steps; cache sizes are ours / dense. Commit "
         f"{machine['commit']}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}; random weights, budget {result['settings']['budget']:g}."
     )
-    return "\n".join(lines) + "\n"
+    columns = ["batch", "context", *variants, "ours / dense", "cache, kB per token"]
+    return f"{markdown_table(columns, lines, left=())}\n\n{facts}\n"
 
 
 def training_table(result: dict[str, Any]) -> str:
@@ -104,7 +102,7 @@ def training_table(result: dict[str, Any]) -> str:
         f"{settings['length']} tokens, {precision}; medians of {settings['rounds']} steps. "
         f"Peak {result['matmul_peak'] / 1e9:,.0f} GFLOP/s. {_made(result['machine'])}."
     )
-    return f"{markdown_table(Table('', columns, rows))}\n\n{facts}\n"
+    return f"{markdown_table(columns, rows)}\n\n{facts}\n"
 
 
 def routing_tables(result: dict[str, Any]) -> str:
@@ -132,8 +130,8 @@ def routing_tables(result: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            markdown_table(Table("", columns, rows)),
-            markdown_table(Table("", ["streams", "memory of attention, MB", "kB a stream"], memory)),
+            markdown_table(columns, rows),
+            markdown_table(["streams", "memory of attention, MB", "kB a stream"], memory),
             f"{facts}\n",
         ]
     )
@@ -180,8 +178,8 @@ def device_tables(folder: Path) -> str:
         "column that counts half of it."
     )
     tables = [
-        markdown_table(Table("", columns, rows)),
-        markdown_table(Table("", ["ms, uncompiled", *names, "gate to merge"], by_part)),
+        markdown_table(columns, rows),
+        markdown_table(["ms, uncompiled", *names, "gate to merge"], by_part),
     ]
     return "\n\n".join([*tables, told, f"{made}\n"])
 
@@ -197,7 +195,7 @@ def comparison_tables(result: dict[str, Any]) -> str:
     """The tables of the report.json of a comparison, and what they were made on."""
     parts = list(result["status"])
     for each in result["tables"]:
-        parts += [f"**{each['title']}**", markdown_table(Table(**each))]
+        parts += [f"**{each['title']}**", Table(**each).markdown()]
     for facts in result["machines"]:
         made = (
             f"commit {facts['commit']}, {facts['device']}, {facts['threads']} thread(s) a run, torch {facts['torch']}"
@@ -213,7 +211,7 @@ def comparison_extract(result: dict[str, Any], columns: Sequence[str]) -> str:
         names = [row[0] for row in each.rows]
         found |= {column: [row[place] for row in each.rows] for place, column in enumerate(each.columns)}
     rows = [[name, *(found[column][line] for column in columns)] for line, name in enumerate(names)]
-    return markdown_table(Table(result["title"], ["variant", *columns], rows)) + "\n"
+    return markdown_table(["variant", *columns], rows) + "\n"
 
 
 def evaluation_table(result: dict[str, Any]) -> str:

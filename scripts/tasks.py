@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.comparison.pages import markdown_table
-from thoughtbubbles.comparison.tables import Table
 from thoughtbubbles.data.procedural import TASKS, make_task
 from thoughtbubbles.data.procedural.making import FACTS_NAME
 from thoughtbubbles.evaluation.answering import read_questions
@@ -24,6 +22,7 @@ from thoughtbubbles.evaluation.exact_match import ANSWERS_NAME, measure_exact_ma
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.statistics import Estimate, paired_difference
+from thoughtbubbles.support.tables import Table
 from thoughtbubbles.training.run import RunSummary, train
 
 BUDGETS = ["1", "1.5", "2"]
@@ -103,7 +102,7 @@ def main() -> None:
             recipe = Path("recipes/tasks") / f"{options.recipe}.yaml"
             train(load_recipe(recipe, [*overrides, *variant.overrides, *of_run(run, steps, seed)]))
             ask(run, output / "rows", variant)
-    table = markdown_table(tabulated({name: found for name in VARIANTS if (found := read_result(name, output)).right}))
+    table = tabulated({name: found for name in VARIANTS if (found := read_result(name, output)).right}).markdown()
     write_text(output / "table.md", table + "\n")
     print(table)
 

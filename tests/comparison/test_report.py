@@ -21,7 +21,7 @@ from thoughtbubbles.comparison.figures import (
     matrix_figure,
 )
 from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
-from thoughtbubbles.comparison.pages import markdown, markdown_table, page, write_report
+from thoughtbubbles.comparison.pages import markdown, page, write_report
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.comparison.tables import cost_table, dial_table, quality_table, tuning_table, verdict
@@ -171,7 +171,7 @@ def test_a_run_too_short_to_tell_has_no_speed(report: Report) -> None:
     short = replace(report.variants[0], tokens_per_second=math.nan)
     table = cost_table(Report(**{**vars(report), "variants": [short]}))
     assert dict(zip(table.columns, table.rows[0], strict=True))["tokens/s"] == ""
-    assert "nan" not in markdown_table(table)
+    assert "nan" not in table.markdown()
 
 
 def test_text_in_a_page_is_escaped(report: Report) -> None:

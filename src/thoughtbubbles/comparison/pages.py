@@ -9,7 +9,7 @@ from pathlib import Path
 from thoughtbubbles.comparison.control import control_lines
 from thoughtbubbles.comparison.figures import draw_figures
 from thoughtbubbles.comparison.results import Report
-from thoughtbubbles.comparison.tables import Table, tables
+from thoughtbubbles.comparison.tables import tables
 from thoughtbubbles.support.errors import RunError, one_line
 from thoughtbubbles.support.files import json_text, write_text
 
@@ -49,17 +49,10 @@ def markdown(report: Report, figures: Mapping[str, Path]) -> str:
     """The report with links to its figures."""
     parts = [f"# {report.title}", *status(report)]
     for table in tables(report):
-        parts += [f"## {table.title}", markdown_table(table)]
+        parts += [f"## {table.title}", table.markdown()]
     parts += [f"![{caption}](plots/{path.name})" for caption, path in figures.items()]
     parts += ["## Made on", *(f"- {line}" for line in _machines(report))]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """A table with its note."""
-    lines = ["| " + " | ".join(row) + " |" for row in [table.columns, *table.rows]]
-    lines.insert(1, "| --- |" + " ---: |" * (len(table.columns) - 1))
-    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
 
 
 def page(report: Report, figures: Mapping[str, Path]) -> str:
@@ -70,7 +63,7 @@ def page(report: Report, figures: Mapping[str, Path]) -> str:
     # The first figure answers first; the others follow the numbers.
     body += pictures[:1]
     for table in tables(report):
-        body += [f"<h2>{html.escape(table.title)}</h2>", _html_table(table)]
+        body += [f"<h2>{html.escape(table.title)}</h2>", table.html()]
     body += pictures[1:]
     body += ["<h2>Made on</h2>", "<ul>", *(f"<li>{html.escape(line)}</li>" for line in _machines(report)), "</ul>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -94,15 +87,6 @@ def status(report: Report) -> list[str]:
 
 def _machines(report: Report) -> list[str]:
     return [", ".join(f"{name} {value}" for name, value in facts.items()) for facts in report.machines]
-
-
-def _html_table(table: Table) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    rows = "\n".join(row(cells, "td") for cells in table.rows)
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    return f'<div class="wide"><table>\n{row(table.columns, "th")}\n{rows}\n</table></div>{note}'
 
 
 def _picture(caption: str, path: Path) -> str:

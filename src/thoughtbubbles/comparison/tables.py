@@ -2,30 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from thoughtbubbles.comparison.results import Report, VariantResult
 from thoughtbubbles.model.budget import budget_text, parse_budget
 from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.support.statistics import Estimate, interval
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts.
-
-    Attributes:
-        title: above it.
-        columns: headings; the first column is aligned left, the others right.
-        rows: cells.
-        note: below it.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
+from thoughtbubbles.support.tables import Table
 
 Column = tuple[str, Callable[[VariantResult], str]]
 

@@ -17,6 +17,7 @@ from thoughtbubbles.support.folders import Marks
 from thoughtbubbles.support.machine import describe_machine
 from thoughtbubbles.support.progress import say, stage
 from thoughtbubbles.support.statistics import Scores
+from thoughtbubbles.support.tables import markdown_table
 
 RESULT_NAME, ANSWERS_NAME, PLOT_NAME = "exact_match.json", "answers.jsonl", "exact_match.png"
 # What says that a folder is one of an earlier measurement.
@@ -92,15 +93,12 @@ class ExactMatch:
     def table(self) -> str:
         """A table in Markdown, a row for each difficulty, a column for each budget."""
         cells = {(score.difficulty, score.budget): score for score in self.scores()}
-        lines = [
-            f"| difficulty | questions | {' | '.join(f'budget {budget}' for budget in self.budgets)} |",
-            f"| --- | ---: |{' ---: |' * len(self.budgets)}",
-        ]
+        rows = []
         for difficulty in dict.fromkeys(difficulty for difficulty, _ in cells):
             here = [cells[difficulty, budget] for budget in self.budgets]
-            values = " | ".join(f"{100 * score.value:.1f}%{_error(score.stderr)}" for score in here)
-            lines.append(f"| {'all' if difficulty is None else difficulty} | {here[0].n:,} | {values} |")
-        return "\n".join(lines)
+            values = (f"{100 * score.value:.1f}%{_error(score.stderr)}" for score in here)
+            rows.append(["all" if difficulty is None else str(difficulty), f"{here[0].n:,}", *values])
+        return markdown_table(["difficulty", "questions", *(f"budget {budget}" for budget in self.budgets)], rows)
 
     def write(self, folder: Path) -> list[Path]:
         """Write exact_match.json and answers.jsonl into a folder that is there; their paths."""

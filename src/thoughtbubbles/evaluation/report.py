@@ -10,6 +10,7 @@ from thoughtbubbles.evaluation.records import EvaluationFolder, MetricRecord, Ta
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.files import json_text, write_text
 from thoughtbubbles.support.statistics import compare
+from thoughtbubbles.support.tables import markdown_table
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "table.md"
@@ -184,22 +185,19 @@ def _agreed(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def table_of(rows: Sequence[Row]) -> str:
     """Scores with their standard errors, a column for each budget, in Markdown."""
     budgets = sorted({row.budget for row in rows}, key=Fraction)
-    lines = [
-        "| task | n | protocol | metric | " + " | ".join(f"budget {budget}" for budget in budgets) + " |",
-        "| --- | ---: | --- | --- |" + " ---: |" * len(budgets),
-    ]
     cells = {(row.task, row.protocol, row.metric, row.budget): row for row in rows}
+    lines = []
     for task, protocol, metric in dict.fromkeys(key[:3] for key in cells):
         here = [cells.get((task, protocol, metric, budget)) for budget in budgets]
         first = next(row for row in here if row is not None)
         arrow = "↑" if first.higher_is_better else "↓"
         shots = f", {first.num_fewshot} shots" if first.num_fewshot else ""
         count = f"{first.n:,}" + (f" in {first.clusters}" if first.clusters else "")
-        values = " | ".join("" if row is None else _cell(row) for row in here)
-        lines.append(f"| {task}{shots} | {count} | {protocol} | {metric} {arrow} | {values} |")
-    if any(row.leaks for row in rows):
-        lines += ["", LEAK]
-    return "\n".join(lines) + "\n"
+        values = ("" if row is None else _cell(row) for row in here)
+        lines.append([f"{task}{shots}", count, protocol, f"{metric} {arrow}", *values])
+    columns = ["task", "n", "protocol", "metric", *(f"budget {budget}" for budget in budgets)]
+    leak = f"\n{LEAK}\n" if any(row.leaks for row in rows) else ""
+    return markdown_table(columns, lines, left=(0, 2, 3)) + f"\n{leak}"
 
 
 def panels_of(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
@@ -225,15 +223,12 @@ def number(value: float, like: float | None = None) -> str:
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> str:
     """Differences with their 95% intervals, in Markdown."""
-    lines = [
-        "| task | protocol | metric | budgets | this | other | difference | 95% interval | p |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | --- | ---: |",
-    ]
+    lines = []
     for row in rows:
         interval = f"{row.low:+.4f} to {row.high:+.4f}"
         p_value = "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
-        lines.append(
-            f"| {row.task} | {row.protocol} | {row.metric} | {row.budget} / {row.other_budget} | {number(row.value)} "
-            f"| {number(row.other_value)} | {row.difference:+.4f} | {interval} | {p_value} |"
-        )
-    return "\n".join(lines) + "\n"
+        budgets = f"{row.budget} / {row.other_budget}"
+        scores = number(row.value), number(row.other_value), f"{row.difference:+.4f}"
+        lines.append([row.task, row.protocol, row.metric, budgets, *scores, interval, p_value])
+    columns = ["task", "protocol", "metric", "budgets", "this", "other", "difference", "95% interval", "p"]
+    return markdown_table(columns, lines, left=(0, 1, 2, 3, 7)) + "\n"

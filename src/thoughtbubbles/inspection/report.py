@@ -1,6 +1,6 @@
 """What `thoughtbubbles inspect` finds out and writes: of one text, or of a corpus."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from thoughtbubbles.inspection import figures
 from thoughtbubbles.inspection.ablation import Ablation, ablate
@@ -22,6 +21,7 @@ from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.files import json_text, write_text
 from thoughtbubbles.support.folders import Marks, filling
 from thoughtbubbles.support.statistics import Curve
+from thoughtbubbles.support.tables import console_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,16 +127,17 @@ def show_statistics(found: CorpusStatistics) -> None:
     print(f"loss {found.loss:.4f} nats per token{leak}")
     if found.reference_loss is not None:
         print(f"loss of the reference model {found.reference_loss:.4f} nats per token")
-    table = Table(title=f"means, and {found.confidence:.0%} bands over blocks", title_justify="left")
-    for column in ("", "mean", "from", "to", "tokens"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for title, curve in _main_curves(found):
-        for x, mean, low, high, count in zip(curve.x, curve.mean, curve.low, curve.high, curve.count, strict=True):
-            ends = ("" if end is None else f"{end:.4f}" for end in (low, high))
-            place = x if isinstance(x, str) else f"{x:.4g}"
-            table.add_row(title.format(place), f"{mean:.4f}", *ends, f"{count:,}")
-        table.add_section()
+    sections = [("", list(_curve_rows(title, curve))) for title, curve in _main_curves(found)]
+    heading = f"means, and {found.confidence:.0%} bands over blocks"
+    table = console_table(["", "mean", "from", "to", "tokens"], sections, title=heading, title_justify="left")
     Console(soft_wrap=True).print(table)
+
+
+def _curve_rows(title: str, curve: Curve) -> Iterator[list[str]]:
+    for x, mean, low, high, count in zip(curve.x, curve.mean, curve.low, curve.high, curve.count, strict=True):
+        ends = ("" if end is None else f"{end:.4f}" for end in (low, high))
+        place = x if isinstance(x, str) else f"{x:.4g}"
+        yield [title.format(place), f"{mean:.4f}", *ends, f"{count:,}"]
 
 
 def _main_curves(found: CorpusStatistics) -> list[tuple[str, Curve]]:

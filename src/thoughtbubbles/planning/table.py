@@ -1,12 +1,13 @@
 """A plan as tables for people."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
 from thoughtbubbles.planning.plan import Costs, Fit, Plan, RunCosts
+from thoughtbubbles.support.tables import console_table
 
 Row = tuple[str, Callable[[Costs], float]]
 
@@ -41,19 +42,20 @@ def _devices(plan: Plan) -> str:
 def costs_table(plan: Plan) -> Table:
     """The costs of the model beside those of the dense one."""
     dense = plan.config["routing"] == "none" and plan.config["num_loops"] == 1
-    table = Table(box=None, pad_edge=False, show_header=not dense, header_style="bold")
-    table.add_column("")
-    for heading in ("this model", "dense", "ratio")[: 1 if dense else 3]:
-        table.add_column(heading, justify="right")
-    for section, form, rows in _sections(plan):
-        table.add_row("")
-        table.add_row(section, style="bold")
-        for name, cost in rows:
-            ours, theirs = cost(plan.model), cost(plan.dense)
-            if ours or theirs:
-                ratio = f"{ours / theirs:.2f}" if theirs else ""
-                table.add_row(f"  {name}", *(form(ours), form(theirs) if theirs else "-", ratio)[: 1 if dense else 3])
-    return table
+    columns = ("", "this model", "dense", "ratio")[: 2 if dense else 4]
+    sections = [
+        (section, [(f"  {name}", *cells)[: len(columns)] for name, *cells in _cells(plan, form, rows)])
+        for section, form, rows in _sections(plan)
+    ]
+    return console_table(columns, sections, box=None, pad_edge=False, show_header=not dense, header_style="bold")
+
+
+def _cells(plan: Plan, form: Callable[[float], str], rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str]]:
+    """Of each row that is not 0: its name, the model's cost, the dense one's, and their ratio."""
+    for name, cost in rows:
+        ours, theirs = cost(plan.model), cost(plan.dense)
+        if ours or theirs:
+            yield name, form(ours), form(theirs) if theirs else "-", f"{ours / theirs:.2f}" if theirs else ""
 
 
 def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[Row]]]:
