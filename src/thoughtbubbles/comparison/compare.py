@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from thoughtbubbles.comparison.display import display
-from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all
+from thoughtbubbles.comparison.pool import has_diverged, is_done, run_all, showing
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.recipes.comparison import Comparison
@@ -69,12 +68,12 @@ def carry_out(planner: RunPlanner, jobs: int = 1, progress: bool = True) -> Prog
     with _claimed(comparison.output):
         tuning = planner.tuning_runs()
         _check_unchanged(tuning, planner.tuning_data)
-        with display("tuning", progress and bool(tuning)) as shown:
+        with showing("tuning", progress and bool(tuning)) as shown:
             failed = run_all(tuning, None, jobs, shown)
         tuned = _choose(tuning, failed)
         runs = planner.runs({name: each.rate for name, each in tuned.items()})
         _check_unchanged(runs, planner.data)
-        with display("training", progress) as shown:
+        with showing("training", progress) as shown:
             failed = run_all(runs, comparison.evaluation, jobs, shown)
     return _progress(tuned, runs, comparison, failed)
 

@@ -12,7 +12,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from thoughtbubbles.comparison.display import Display
+from rich.progress import Progress, TaskID
+
 from thoughtbubbles.comparison.measuring import Measurements, measure, measurement_settings
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.data.feed.rundata import load_run_data
@@ -20,7 +21,9 @@ from thoughtbubbles.recipes.comparison import EvaluationSection
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted, is_out_of_memory
 from thoughtbubbles.support.files import LOCK_NAME, sole_user, write_text
 from thoughtbubbles.support.machine import keep_freed_memory
-from thoughtbubbles.training.folder import SUMMARY_NAME, read_facts
+from thoughtbubbles.support.metrics import last_metrics
+from thoughtbubbles.support.progress import is_terminal, make_bars, say
+from thoughtbubbles.training.folder import METRICS_NAME, SUMMARY_NAME, read_facts
 from thoughtbubbles.training.interruption import stop_on_signals
 from thoughtbubbles.training.run import train
 from thoughtbubbles.training.trainer import DIVERGED_NAME
@@ -28,10 +31,11 @@ from thoughtbubbles.training.trainer import DIVERGED_NAME
 POLL_SECONDS = 0.5
 # How long the process of a comparison that was killed may take to save its run.
 PATIENCE_SECONDS = 120.0
+SECONDS_BETWEEN_LINES = 60.0
 FAILED = 1
 
 
-def run_all(runs: Sequence[Run], evaluation: EvaluationSection | None, jobs: int, display: Display) -> dict[str, str]:
+def run_all(runs: Sequence[Run], evaluation: EvaluationSection | None, jobs: int, display: "Display") -> dict[str, str]:
     """Train what is not trained, and measure what is not measured.
 
     Returns:
@@ -186,3 +190,64 @@ def _wait_until_free(folder: Path) -> None:
             if alone:
                 return
         time.sleep(POLL_SECONDS)
+
+
+class Display:
+    """Shows the runs of a phase: bars on a terminal, a line for each run that starts or ends elsewhere."""
+
+    def __init__(self, bars: Progress, phase: str, lines: bool) -> None:
+        self._bars = bars
+        self._lines = lines
+        self._phase = phase
+        self._count = self._done = 0
+        self._whole: TaskID | None = None
+        self._tasks: dict[Path, TaskID] = {}
+        self._printed = time.monotonic()
+
+    def begin(self, runs: Sequence[Run], done: int) -> None:
+        """So many runs there are, of which some are done."""
+        self._count, self._done = len(runs), done
+        self._whole = self._bars.add_task(self._phase, total=len(runs), completed=done, note=f"{done}/{len(runs)} runs")
+        self._say(f"{self._phase}: {len(runs)} runs, {done} of them finished")
+
+    def started(self, run: Run) -> None:
+        """A run began or goes on."""
+        self._tasks[run.folder] = self._bars.add_task(f"  {run.label}", total=run.recipe.training.steps, note="")
+        self._say(f"{run.label}: started")
+
+    def update(self, runs: Sequence[Run]) -> None:
+        """Look how far the runs are that are at work."""
+        places = [f"{run.label} {self._look(run)}" for run in runs]
+        if time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._say("; ".join(places))
+
+    def ended(self, run: Run, reason: str | None) -> None:
+        """A run finished, or cannot go on for a reason."""
+        self._bars.remove_task(self._tasks.pop(run.folder))
+        self._done += reason is None
+        if self._whole is not None:
+            self._bars.update(self._whole, completed=self._done, note=f"{self._done}/{self._count} runs")
+        if reason is not None:
+            self._bars.console.print(f"{run.label}: {reason}", markup=False, highlight=False)
+        else:
+            self._say(f"{run.label}: ended ({self._done}/{self._count})")
+
+    def _look(self, run: Run) -> str:
+        row, steps = last_metrics(run.folder / METRICS_NAME), run.recipe.training.steps
+        step = row.get("step", 0)
+        note = "measuring" if step == steps else f"step {step}/{steps}"
+        self._bars.update(self._tasks[run.folder], completed=step, note=note)
+        return note
+
+    def _say(self, text: str) -> None:
+        if self._lines and text:
+            self._printed = time.monotonic()
+            say(text, enabled=True)
+
+
+@contextmanager
+def showing(phase: str, enabled: bool) -> Iterator[Display]:
+    """A display while the block runs."""
+    terminal = is_terminal()
+    with make_bars(enabled and terminal) as bars:
+        yield Display(bars, phase, lines=enabled and not terminal)

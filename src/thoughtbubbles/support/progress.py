@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 REFRESH_SECONDS = 0.1
 
@@ -31,18 +39,33 @@ class Stage:
         self._bars.update(self._task, completed=self._done, note=note)
 
 
-@contextmanager
-def stage(description: str, total: int | None, enabled: bool) -> Iterator[Stage]:
-    """A bar with a description and a total, if that is known beforehand."""
+def make_bars(enabled: bool, time_left: bool = False) -> Progress:
+    """Bars on standard error, which `start` or a `with` shows; each task has a note.
+
+    Args:
+        time_left: also show how long they will take yet.
+    """
     columns = (
         TextColumn("{task.description:<24}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
+        *((TextColumn("left"), TimeRemainingColumn()) if time_left else ()),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
+    return Progress(*columns, console=Console(stderr=True, soft_wrap=True), disable=not enabled)
+
+
+@contextmanager
+def stage(description: str, total: int | None, enabled: bool) -> Iterator[Stage]:
+    """A bar with a description and a total, if that is known beforehand."""
+    with make_bars(enabled) as bars:
         yield Stage(bars, bars.add_task(description, total=total, note=""))
+
+
+def is_terminal() -> bool:
+    """Whether bars are seen: elsewhere, as in the file of a log, lines are better."""
+    return Console(stderr=True).is_terminal
 
 
 def say(text: str, enabled: bool) -> None:

@@ -8,14 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.model.threshold import update_thresholds
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.metrics import read_rows
-from thoughtbubbles.support.progress import say
+from thoughtbubbles.support.progress import is_terminal, make_bars, say
 
 SECONDS_BETWEEN_LINES = 10.0
 MOST_SHOWN = 10
@@ -82,7 +81,6 @@ class ProgressDisplay(TrainerCallback):
     """A bar on a terminal; elsewhere now and then a line, so that a log file stays readable."""
 
     def __init__(self, description: str) -> None:
-        self.console = Console(stderr=True, soft_wrap=True)
         self.description = description
         self._notes: dict[str, str] = {}
         self._bar: Progress | None = None
@@ -95,11 +93,9 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         """Open the bar."""
         self._first = (state.global_step, time.monotonic())
-        if not (state.is_world_process_zero and self.console.is_terminal):
+        if not (state.is_world_process_zero and is_terminal()):
             return
-        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn()]
-        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), *times, console=self.console)
+        self._bar = make_bars(enabled=True, time_left=True)
         self._task = self._bar.add_task(self.description, total=state.max_steps, completed=state.global_step, note="")
         self._bar.start()
 
@@ -123,8 +119,7 @@ class ProgressDisplay(TrainerCallback):
         if self._bar is None and state.is_world_process_zero and due:
             self._printed = time.monotonic()
             place = f"{self.description}: step {state.global_step}/{state.max_steps}"
-            line = "  ".join([place, *self._notes.values(), self._time_left(state)])
-            self.console.print(line, markup=False, highlight=False)
+            say("  ".join([place, *self._notes.values(), self._time_left(state)]), enabled=True)
 
     def _time_left(self, state: TrainerState) -> str:
         steps, start = self._first
