@@ -50,10 +50,15 @@ def test_every_key_is_described() -> None:
         ({"baseline": "dens"}, "unknown variant in baseline dens: did you mean dense"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: expected one or more, all different"),
         ({"seed": 1}, "unknown section seed: did you mean seeds"),
+        ({"seeds": []}, "seeds=[]: expected one or more, all different"),
+        ({"title": 3}, "title=3: expected text"),
         ({"task": "sft"}, "task='sft': expected pretrain"),
         ({"training": {"seed": 1}}, "training.seed: the comparison sets it"),
         ({"tuning": {"learning_rates": [1e-3]}}, "tuning.data is missing"),
-        ({"tuning": {"learning_rates": [-1.0], "data": "d"}}, "tuning.learning_rates=[-1.0]: expected rates above 0"),
+        (
+            {"tuning": {"learning_rates": [-1.0], "data": "d"}},
+            "tuning.learning_rates[0]=-1.0: expected a number",
+        ),
         ({"tuning": {"learning_rates": [1e-3], "data": "data"}}, "tuning.data=data: expected other data"),
         (
             {"data": {"stream": {"a": 1}}, "tuning": {"learning_rates": [1e-3], "data": "d"}},
@@ -66,9 +71,12 @@ def test_every_key_is_described() -> None:
         ({"seeds": [0, -1]}, "seeds[1]=-1: expected a whole number from 0 to 4294967295"),
         ({"seeds": [2**32]}, "seeds[0]=4294967296: expected a whole number from 0 to 4294967295"),
         ({"tuning": {"learning_rates": [math.inf], "data": "d"}}, "tuning.learning_rates[0]=inf: expected a finite"),
-        ({"tuning": {"learning_rates": [1e-3, 0.001], "data": "d"}}, "expected every rate once"),
+        ({"tuning": {"learning_rates": [1e-3, 0.001], "data": "d"}}, "expected one or more, all different"),
         ({"tuning": {"learning_rates": [1e-3], "data": "d", "tokens": math.nan}}, "tuning.tokens=nan: expected a fin"),
-        ({"tuning": {"learning_rates": [1e-3], "data": "d", "tokens": 1e300}}, "tuning.tokens=1e+300: expected a sha"),
+        (
+            {"tuning": {"learning_rates": [1e-3], "data": "d", "tokens": 1e300}},
+            "tuning.tokens=1e+300: expected at most",
+        ),
         ({"tuning": {"learning_rates": [1e-3], "data": "./x/../data"}}, "tuning.data=./x/../data: expected other data"),
         (
             {"data": {"mixture": {"a": 1, "./b": 1}}, "tuning": {"learning_rates": [1e-3], "data": "b"}},
@@ -81,6 +89,11 @@ def test_bad_recipes_are_refused_in_a_line(content: dict[str, object], message: 
     with pytest.raises(RecipeError) as caught:
         parse_comparison({**LEAST, **content})
     assert message in str(caught.value)
+
+
+def test_a_missing_output_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"^output is missing: expected the folder for the runs and the report$"):
+        parse_comparison({"data": {"path": "data"}, "training": {"steps": 4}})
 
 
 @pytest.mark.parametrize(
@@ -134,12 +147,18 @@ def test_a_variant_begins_as_another() -> None:
         ({"a/b": None}, "variants.a/b: expected a name that can be a folder's"),
         ({"x": {"like": "causl"}}, "unknown variant variants.x.like=causl: did you mean variants.x.like=causal"),
         ({"x": {"token": 1}}, "unknown key variants.x.token: did you mean variants.x.tokens"),
-        ({"x": {"tokens": 0, "like": "causal"}}, "variants.x.tokens=0.0: expected a share"),
-        ({"x": {"tokens": 1e300, "like": "causal"}}, "variants.x.tokens=1e+300: expected a share"),
+        ({"x": {"tokens": 0, "like": "causal"}}, "variants.x.tokens=0: expected a number above 0"),
+        ({"x": {"tokens": 1e300, "like": "causal"}}, "variants.x.tokens=1e+300: expected at most 1,000,000"),
         ({"": {"like": "causal"}}, "variants.: expected a name that can be a folder's"),
         ({"x": {"training": {"steps": 3}}}, "variants.x.training.steps: the comparison sets it"),
         ({"x": {"model": 3}}, "variants.x.model=3: expected a mapping"),
-        ({"x": 3}, "variants.x=3: expected keys and values"),
+        ({"x": {"like": "causal", "title": None}}, "variants.x.title=None: expected text"),
+        (
+            {"x": {"like": "causal", "spend": "heads"}},
+            "variants.x.spend='heads': expected one of tokens, layers",
+        ),
+        ({"x": {"like": "dense", "spend": "width"}}, "variants.x.spend=width: expected flops_of, whose training FLOPs"),
+        ({"x": 3}, "variants.x: 3: expected keys and values"),
         ({"dense-flops": None}, "unknown variant in variants.dense-flops.flops_of causal"),
         ({"dense": None, "x": {"like": "dense", "rate_of": "y"}}, "unknown variant in variants.x.rate_of y"),
         (

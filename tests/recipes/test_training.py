@@ -71,12 +71,20 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("training.steps=1.5", "training.steps=1.5: expected a whole number"),
         ("training.steps=0", "training.steps=0: expected at least 1"),
         ("training.steps=true", "training.steps=True: expected a whole number"),
-        ("training.learning_rate=-1", "training.learning_rate=-1.0: expected a number above 0"),
-        ("training.weight_decay=-1", "training.weight_decay=-1.0: expected a number of at least 0"),
-        ("training.warmup_fraction=0.9", "training.warmup_fraction=0.9, training.decay_fraction=0.2"),
+        ("training.steps='3'", "training.steps='3': expected a whole number"),
+        ("training.steps=null", "training.steps=None: expected a whole number"),
+        ("training.learning_rate=true", "training.learning_rate=True: expected a finite number"),
+        ("training.learning_rate=fast", "training.learning_rate='fast': expected a finite number"),
+        ("training.eval_tasks=[gsm8k, 3]", "training.eval_tasks[1]=3: expected text"),
+        ("training.compile=all", "training.compile='all': expected one of none, blocks, whole"),
+        ("training.learning_rate=-1", "training.learning_rate=-1: expected a number above 0"),
+        ("training.weight_decay=-1", "training.weight_decay=-1: expected at least 0"),
+        ("training.warmup_fraction=-0.1", "training.warmup_fraction=-0.1: expected at least 0"),
+        ("training.decay_fraction=1.5", "training.decay_fraction=1.5: expected at most 1"),
+        ("training.warmup_fraction=0.9", "training: warmup_fraction=0.9, decay_fraction=0.2: expected shares of"),
         ("training.gradient_checkpointing=1", "training.gradient_checkpointing=1: expected true or false"),
-        ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1, or null for all"),
-        ("data.final_eval_blocks=-1", "data.final_eval_blocks=-1: expected at least 1, or null for all"),
+        ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1 or null"),
+        ("data.final_eval_blocks=-1", "data.final_eval_blocks=-1: expected at least 1 or null"),
         ("data.eval_blocks=x", "data.eval_blocks='x': expected a whole number or null"),
         ("data.mixture={a: 1}", "data: expected either `path` or `mixture`"),
         ("data.mixture=[a, b]", "data.mixture=['a', 'b']: expected a mapping or null"),
@@ -85,10 +93,10 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("training.precision=half", "training.precision='half': expected one of auto, float32, bfloat16"),
         ("training.sharding=zero", "training.sharding='zero': expected one of ddp, fsdp"),
         ("training.training_budgets=2", "training.training_budgets=2: expected a list or null"),
-        ("training.training_budgets=[]", "training.training_budgets=[]: expected budgets, such as [1, 2], or null"),
+        ("training.training_budgets=[]", "training.training_budgets=[]: expected a list of at least 1 or null"),
         ("training.eval_budgets=[2, 0.5]", "training.eval_budgets[1]: budget=0.5: expected a number"),
-        ("training.report_to=[mlflow]", "training.report_to='mlflow': expected one of tensorboard, wandb"),
-        ("training.report_to=[1]", "training.report_to[0]=1: expected text"),
+        ("training.report_to=[mlflow]", "training.report_to[0]='mlflow': expected one of tensorboard, wandb"),
+        ("training.report_to=[1]", "training.report_to[0]=1: expected one of tensorboard, wandb"),
         ("task=dance", "task='dance': expected pretrain or sft"),
         ("steps=3", "override 'steps=3': expected section.key=value"),
         ("training.steps", "expected section.key=value"),
@@ -134,7 +142,7 @@ def test_mixtures_and_budgets_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", ["{}", "{a: 0}", "{a: 1, b: -1}", "{a: 1.0e+308, b: 1.0e+308}"])
 def test_weights_of_a_mixture_are_above_zero(tmp_path: Path, weights: str) -> None:
     text = f"data: {{mixture: {weights}}}\ntraining: {{output: o, steps: 5}}\n"
-    with pytest.raises(RecipeError, match=r"data\.mixture=.*: expected folders with weights above 0"):
+    with pytest.raises(RecipeError, match=r"data\.mixture=.*: expected one or more, with weights above 0"):
         load_recipe(write(tmp_path, text))
 
 
@@ -201,6 +209,23 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows == FineTuningSection(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl", tokenizer=f"{tmp_path}/t")
 
 
+@pytest.mark.parametrize("key", ["mixture", "stream"])
+def test_a_source_is_named_once_however_its_home_is_spelt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    twice = f"data.{key}={{~/a.txt: 1, {tmp_path}/a.txt: 2}}"
+    with pytest.raises(RecipeError, match=rf"data\.{key}=\{{.*\}}: expected each once, however it is spelt"):
+        load_recipe(
+            write(tmp_path, MINIMAL), ["data.path=null", twice, *["data.validation={d: 1}"] * (key == "stream")]
+        )
+
+
+def test_a_folder_may_be_called_by_a_number(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["data.path=null", "data.mixture={2024: 1, b: 3e-1}"])
+    assert recipe.data == DataSection(mixture={"2024": 1.0, "b": 0.3})
+
+
 @pytest.mark.parametrize(
     "spelt", ["./data", "data/", "other/../data", "link", "~/data", "{home}/data", "{home}/data/../link"]
 )
@@ -225,9 +250,9 @@ def test_a_folder_is_mixed_once_however_it_is_spelt(
     ("override", "message"),
     [
         ("data.max_length=1", "data.max_length=1: expected at least 2"),
-        ("data.validation_fraction=1", "data.validation_fraction=1.0: expected more than 0 and less than 1"),
+        ("data.validation_fraction=1", "data.validation_fraction=1: expected a number below 1"),
         ("data.validation_fraction=.nan", "data.validation_fraction=nan: expected a finite number"),
-        ("data.eval_rows=0", "data.eval_rows=0: expected at least 1, or null for all"),
+        ("data.eval_rows=0", "data.eval_rows=0: expected at least 1 or null"),
     ],
 )
 def test_bad_fine_tuning_sections(tmp_path: Path, override: str, message: str) -> None:
@@ -244,7 +269,7 @@ def test_the_description_names_every_key_with_its_default() -> None:
             assert f"  {spec.name}: " in text
     assert "  steps: a whole number (needed)\n" in text
     assert "  training_budgets: a list or null [null]\n" in text
-    assert "  precision: text [auto]\n" in text
+    assert "  precision: auto, float32, bfloat16 [auto]\n" in text
     for name in ThoughtbubblesConfig.__annotations__:
         assert re.search(rf"^  ([\w, ]+, )?{name}[ ,]", text, re.MULTILINE), name
 

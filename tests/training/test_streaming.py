@@ -233,13 +233,13 @@ def test_a_run_that_diverges_names_where_its_blocks_come_from(
     ("override", "message"),
     [
         ("data.path=runs/data", "data: expected either `path` or `mixture`, .* or `stream`"),
-        ("data.stream={a.jsonl: 0}", "data.stream={'a.jsonl': 0.0}: expected sources with weights above 0"),
-        ("data.validation={}", "data.validation={}: expected folders with weights above 0"),
+        ("data.stream={a.jsonl: 0}", "data.stream={'a.jsonl': 0}: expected one or more, with weights"),
+        ("data.validation={}", "data.validation={}: expected one or more, with weights above 0"),
         ("data.lanes=3", "data.lanes=3: expected a divisor of training.batch_size=4"),
         ("data.lanes=0", "data.lanes=0: expected at least 1"),
         ("data.shuffle_blocks=0", "data.shuffle_blocks=0: expected at least 1"),
         ("data.block_size=16", "unknown key data.block_size"),
-        ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1, or null for all"),
+        ("data.eval_blocks=0", "data.eval_blocks=0: expected at least 1 or null"),
     ],
 )
 def test_bad_sections_say_what_was_expected(

@@ -12,7 +12,7 @@ from thoughtbubbles.data.feed.rundata import RunData, check_batch, load_run_data
 from thoughtbubbles.model.accounting import count_parameters, training_flops
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.comparison import Comparison, variant_sections
-from thoughtbubbles.recipes.training import Recipe, RecipeError, lay_over, load_recipe, parse_recipe
+from thoughtbubbles.recipes.training import Precision, Recipe, RecipeError, lay_over, load_recipe, parse_recipe
 from thoughtbubbles.recipes.variants import Variant
 from thoughtbubbles.training.folder import RECIPE_NAME, read_facts
 from thoughtbubbles.training.memory import check_weights
@@ -59,7 +59,7 @@ class RunPlanner:
         self.comparison = comparison  # until the data is known
         self._precision = _precision_so_far(comparison.output)
         self._verify = verify
-        first = self._recipe(Variant("base"), comparison.settings.seeds[0], Path())
+        first = self._recipe(Variant(title="base"), comparison.settings.seeds[0], Path())
         self.data = load_run_data(first, progress=False, verify=verify)
         self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
         grown = {name: self._grown(name, variant) for name, variant in comparison.variants.items()}
@@ -150,7 +150,7 @@ class RunPlanner:
                 f"variants.{name}.flops_of={variant.flops_of}: expected a variant that trains with more FLOPs than "
                 f"{name} without more {variant.spend}"
             )
-        return replace(variant, sections=lay_over(variant.sections, {"model": shape}))
+        return replace(variant, model={**variant.model, **shape})
 
     def _config(self, recipe: Recipe) -> ThoughtbubblesConfig:
         """The configuration of a variant's model, one that this machine can hold."""
@@ -167,7 +167,7 @@ class RunPlanner:
         return recipe
 
     def _load_tuning_data(self, path: str) -> RunData:
-        first = Variant("base", {})
+        first = Variant(title="base")
         sections = {"data": {"path": path, "mixture": None}}
         recipe = self._recipe(first, self.comparison.settings.seeds[0], Path(), sections)
         data = load_run_data(recipe, progress=False, verify=self._verify)
@@ -210,7 +210,7 @@ def _larger_shapes(config: ThoughtbubblesConfig, spend: str) -> Iterator[dict[st
         yield {"hidden_size": hidden, "intermediate_size": round(inner * hidden / config.hidden_size)}
 
 
-def _precision_so_far(output: Path) -> str | None:
+def _precision_so_far(output: Path) -> Precision | None:
     """What `auto` came to in the runs that a comparison has, wherever it began; None if it has none.
 
     All its runs compute alike, so that they can be compared.
@@ -218,5 +218,6 @@ def _precision_so_far(output: Path) -> str | None:
     for kind in ("runs", "tuning"):
         for path in sorted(output.glob(f"{kind}/*/*/{RECIPE_NAME}")):
             if load_recipe(path).training.precision == "auto":
-                return str(read_facts(path.parent)["precision"])
+                found: Precision = read_facts(path.parent)["precision"]
+                return found
     return None

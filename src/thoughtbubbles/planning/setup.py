@@ -144,7 +144,7 @@ def _no_comparison(variant: str) -> InputError:
 
 def _sections_of_variant(content: Mapping[str, Any], name: str, variant: str | None) -> dict[str, Any]:
     from thoughtbubbles.recipes.comparison import parse_comparison, variant_sections
-    from thoughtbubbles.recipes.training import MOST
+    from thoughtbubbles.recipes.values import MOST
 
     comparison = parse_comparison(content)
     if variant not in comparison.variants:

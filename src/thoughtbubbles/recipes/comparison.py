@@ -1,57 +1,73 @@
 """The recipe of a comparison: one base, variants, seeds, how to tune and how to measure."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from thoughtbubbles.model.budget import Budget, parse_budget
+from pydantic.dataclasses import dataclass
+
+from thoughtbubbles.model.budget import parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.training import (
+    AnyBudget,
     RecipeError,
     apply_override,
-    check_counts,
-    describe_section,
     folder_identity,
     lay_over,
-    parse_section,
     read_sections,
 )
-from thoughtbubbles.recipes.values import check_known, check_seed, expand_user
-from thoughtbubbles.recipes.variants import MOST_SHARE, SHIPPED, Variant, VariantSection, parse_variants
+from thoughtbubbles.recipes.values import (
+    STRICT,
+    Count,
+    Different,
+    Positive,
+    Seed,
+    UserPath,
+    check_known,
+    check_mapping,
+    convert,
+    describe_section,
+    parse_section,
+)
+from thoughtbubbles.recipes.variants import SHIPPED, Tokens, Variant, parse_variants
 from thoughtbubbles.support.errors import shown
 from thoughtbubbles.support.options import option
 
 BASE = ("model", "data", "training")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TuningSection:
     """How each variant's learning rate is found before the comparison."""
 
-    learning_rates: list[float] = option("rates to try; each variant takes the one of lowest validation loss")
-    data: str = option("prepared folder to tune on: its validation is not that of the comparison", path=True)
-    tokens: float = option("training tokens of a try, as a share of the comparison's", 0.25)
+    learning_rates: Annotated[list[Positive], Different] = option(
+        "rates to try; each variant takes the one of lowest validation loss"
+    )
+    data: UserPath = option("prepared folder to tune on: its validation is not that of the comparison")
+    tokens: Tokens = option("training tokens of a try, as a share of the comparison's", 0.25)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EvaluationSection:
     """How each trained model is measured."""
 
-    blocks: int = option("validation blocks, evenly spaced", 512)
-    budgets: list[Budget] = option("budgets to evaluate at, beside 1 and the model's own", [1, 1.5, 2, 3, 4])
-    prefix_blocks: int = option("blocks of which some predictions are made from their prefix alone", 256)
-    prefix_positions: int = option("how many of each of these blocks", 8)
-    batch_size: int = option("blocks at a time", 16)
+    blocks: Count = option("validation blocks, evenly spaced", 512)
+    budgets: list[AnyBudget] = option("budgets to evaluate at, beside 1 and the model's own", [1, 1.5, 2, 3, 4])
+    prefix_blocks: Count = option("blocks of which some predictions are made from their prefix alone", 256)
+    prefix_positions: Count = option("how many of each of these blocks", 8)
+    batch_size: Count = option("blocks at a time", 16)
+
+    def __post_init__(self) -> None:
+        self.budgets.sort(key=parse_budget)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ComparisonSection:
     """What belongs to the comparison itself; these keys stand at the top of its recipe."""
 
-    output: str = option("folder for the runs and the report", path=True)
+    output: UserPath = option("folder for the runs and the report")
     title: str = option("of tables and plots", "")
-    seeds: list[int] = option("a run of each variant for each of these seeds", [0])
+    seeds: Annotated[list[Seed], Different] = option("a run of each variant for each of these seeds", [0])
     baseline: str = option("the variant that the others are compared with", "dense")
 
 
@@ -59,7 +75,7 @@ SECTIONS = {"tuning": TuningSection, "evaluation": EvaluationSection}
 PLAIN = ("output", "title", "seeds", "baseline", "variants")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Comparison:
     """A comparison.
 
@@ -107,9 +123,10 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
         raise RecipeError(f"task={shown(content['task'])}: expected pretrain, which compares on blocks of text")
     for name, values in content.items():
         check_known(name, ["task", *PLAIN, *BASE, *SECTIONS], "section", RecipeError)
-        if name in BASE and not isinstance(values, dict):
-            raise RecipeError(f"{name}: {shown(values)}: expected keys and values")
-    settings = _settings({name: content[name] for name in PLAIN[:-1] if name in content})
+        if name in BASE:
+            check_mapping(name, values, RecipeError)
+    own = {name: content[name] for name in PLAIN[:-1] if name in content}
+    settings = parse_section(ComparisonSection, "", own, RecipeError)
     variants = parse_variants(content.get("variants", list(SHIPPED)))
     check_known(settings.baseline, list(variants), "variant in baseline", RecipeError)
     for name in ("output", "seed"):
@@ -120,7 +137,7 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
         variants=variants,
         settings=settings,
         tuning=_tuning(content["tuning"], content) if content.get("tuning") is not None else None,
-        evaluation=_evaluation(content.get("evaluation") or {}),
+        evaluation=parse_section(EvaluationSection, "evaluation", content.get("evaluation") or {}, RecipeError),
     )
 
 
@@ -135,7 +152,7 @@ def describe_comparison() -> str:
         "    output, seed and tuned learning rates are the comparison's own",
         "",
         f"variants: names, or a mapping of names to what they say otherwise [{', '.join(SHIPPED)}]",
-        *describe_section(VariantSection),
+        *describe_section(Variant),
     ]
     for name, section in SECTIONS.items():
         lines += ["", f"{name}: {(section.__doc__ or '').splitlines()[0].rstrip('.').lower()}"]
@@ -143,27 +160,10 @@ def describe_comparison() -> str:
     return "\n".join(lines)
 
 
-def _settings(values: Mapping[str, Any]) -> ComparisonSection:
-    settings = parse_section(ComparisonSection, "", values)
-    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
-        raise RecipeError(f"seeds={settings.seeds}: expected one or more, all different")
-    for place, seed in enumerate(settings.seeds):
-        check_seed(f"seeds[{place}]", seed, RecipeError)
-    return settings
-
-
 def _tuning(values: Any, content: Mapping[str, Any]) -> TuningSection:
-    if not isinstance(values, dict):
-        raise RecipeError(f"tuning: {shown(values)}: expected keys and values, or null")
-    tuning = parse_section(TuningSection, "tuning", values)
-    if not tuning.learning_rates or not min(tuning.learning_rates) > 0:
-        raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected rates above 0")
-    if not 0 < tuning.tokens <= MOST_SHARE:
-        raise RecipeError(f"tuning.tokens={tuning.tokens}: expected a share above 0 and at most {MOST_SHARE:,}")
+    tuning = parse_section(TuningSection, "tuning", values, RecipeError)
     if content.get("data", {}).get("stream") is not None:
         raise RecipeError("tuning: expected data.path or data.mixture, since rates are tuned on prepared data alone")
-    if len(set(tuning.learning_rates)) < len(tuning.learning_rates):
-        raise RecipeError(f"tuning.learning_rates={tuning.learning_rates}: expected every rate once")
     _check_other_data(tuning.data, content.get("data", {}))
     return tuning
 
@@ -172,21 +172,12 @@ def _check_other_data(folder: str, data: Mapping[str, Any]) -> None:
     """Refuse to tune on a folder of the comparison, however it is spelt."""
     mixture = data.get("mixture")
     for key, compared in (("path", [data.get("path")]), ("mixture", mixture if isinstance(mixture, dict) else [])):
-        ours = [expand_user(f"data.{key}", each, RecipeError) for each in compared if isinstance(each, str)]
+        ours = [convert(f"data.{key}", each, UserPath, RecipeError) for each in compared if isinstance(each, str)]
         if folder_identity(folder) in map(folder_identity, ours):
             raise RecipeError(
                 f"tuning.data={folder}: expected other data than data.{key}: rates tuned on the validation that is "
                 "reported would flatter it"
             )
-
-
-def _evaluation(values: Any) -> EvaluationSection:
-    if not isinstance(values, dict):
-        raise RecipeError(f"evaluation: {shown(values)}: expected keys and values")
-    evaluation = parse_section(EvaluationSection, "evaluation", values)
-    check_counts("evaluation", evaluation, "blocks", "prefix_blocks", "prefix_positions", "batch_size")
-    evaluation.budgets.sort(key=parse_budget)
-    return evaluation
 
 
 def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.recipes.values import check_known, convert, read_yaml
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
 from thoughtbubbles.support.options import option
@@ -54,6 +53,8 @@ def load_preparation(path: str | Path) -> Preparation:
     Raises:
         DataError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
+    from thoughtbubbles.recipes.values import check_known, read_yaml
+
     place = f"recipe {path}"
     kinds: dict[str, Any] = {each.name: each.type for each in fields(Preparation)}
     content = read_yaml(user_path(path), DataError)
@@ -68,6 +69,8 @@ def load_preparation(path: str | Path) -> Preparation:
 
 
 def _value(key: str, value: Any, hint: Any) -> Any:
+    from thoughtbubbles.recipes.values import convert
+
     if typing.get_origin(hint) is not Sequence:
         return convert(key, value, hint, DataError)
     if not isinstance(value, list) or not all(isinstance(source, str | dict) for source in value):

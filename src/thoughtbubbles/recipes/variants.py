@@ -1,40 +1,51 @@
 """What is compared: the variants of a recipe (method: Controls)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from thoughtbubbles.recipes.training import RecipeError, lay_over, parse_section
-from thoughtbubbles.recipes.values import check_known, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from thoughtbubbles.recipes.training import RecipeError, lay_over
+from thoughtbubbles.recipes.values import STRICT, Number, check_known, nearest, parse_section
 from thoughtbubbles.support.errors import shown
 from thoughtbubbles.support.options import option
 
+# More steps than can be counted are no steps.
+Tokens = Annotated[Number, Field(gt=0, le=1_000_000)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Variant:
-    """A set of overrides of the recipe that all variants share.
+    """What a variant says otherwise."""
 
-    Attributes:
-        title: in tables and plots; {budget} stands for the model's budget.
-        sections: what it says otherwise, by section: model and training.
-        tokens: training tokens, as a share of the recipe's; the schedule shrinks or grows with it.
-        flops_of: the variant whose training FLOPs it may spend.
-        spend: on what: `tokens`, more of them, or on as many tokens a model of more `layers` or `width`.
-        rate_of: the variant whose tuned learning rate it takes; None tunes its own.
-        elastic: train at the evaluation's budgets up to the model's own, one drawn for each step.
-    """
+    like: str | None = option(
+        "the variant that it begins as, shipped or listed before it; null is the shipped one of its own name", None
+    )
+    title: str = option(
+        "in tables and plots, where {budget} stands for the model's budget; if not given, that of its shipped name, or "
+        "its own name",
+        "",
+    )
+    model: dict[str, Any] = option("fields of the model", {})
+    training: dict[str, Any] = option("keys of the training section", {})
+    tokens: Tokens = option("training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0)
+    flops_of: str | None = option("variant whose training FLOPs it may spend", None)
+    spend: Literal["tokens", "layers", "width"] = option(
+        "on what: tokens, or on as many tokens a model of more layers or width", "tokens"
+    )
+    rate_of: str | None = option("variant whose tuned learning rate it takes; null tunes its own", None)
+    elastic: bool = option("train at the evaluation's budgets up to the model's own, one drawn for each step", False)
 
-    title: str
-    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    tokens: float = 1.0
-    flops_of: str | None = None
-    spend: str = "tokens"
-    rate_of: str | None = None
-    elastic: bool = False
+    @property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """What it says otherwise, by section."""
+        return {"model": self.model, "training": self.training}
 
 
 def _routed(title: str, routing: str, **others: Any) -> Variant:
-    return Variant(title, {"model": {"routing": routing, **others}})
+    return Variant(title=title, model={"routing": routing, **others})
 
 
 _DENSE, _CAUSAL = _routed("dense", "none"), _routed("causal, budget {budget}", "causal")
@@ -61,28 +72,6 @@ SHIPPED: dict[str, Variant] = {
     "causal-half": replace(_CAUSAL, title="causal, budget {budget}, half the tokens", tokens=0.5, rate_of="causal"),
 }
 """The variants that a comparison may name without saying more."""
-
-# Of the recipe's tokens: more steps than can be counted are no steps.
-MOST_SHARE = 1_000_000
-OWN = ("title", "tokens", "flops_of", "spend", "rate_of", "elastic")
-SPENDING = ("tokens", "layers", "width")
-
-
-@dataclass
-class VariantSection:
-    """What a variant says otherwise."""
-
-    like: str | None = option(
-        "the variant that it begins as, shipped or listed before it; null is the shipped one of its own name", None
-    )
-    title: str | None = option("in tables and plots; {budget} stands for the model's budget", None)
-    model: dict[str, Any] = option("fields of the model", {})
-    training: dict[str, Any] = option("keys of the training section", {})
-    tokens: float = option("training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0)
-    flops_of: str | None = option("variant whose training FLOPs it may spend", None)
-    spend: str = option("on what: tokens, or on as many tokens a model of more layers or width", "tokens")
-    rate_of: str | None = option("variant whose tuned learning rate it takes; null tunes its own", None)
-    elastic: bool = option("train at the evaluation's budgets up to the model's own, one drawn for each step", False)
 
 
 def parse_variants(content: Any) -> dict[str, Variant]:
@@ -116,36 +105,23 @@ def _parse_variant(name: str, said: Any, listed: Mapping[str, Variant]) -> Varia
     if not name or "/" in name or "\0" in name or name.startswith("."):
         raise RecipeError(f"variants.{name}: expected a name that can be a folder's")
     said = {} if said is None else said
-    if not isinstance(said, dict):
-        raise RecipeError(f"variants.{name}={shown(said)}: expected keys and values, or nothing")
-    section = parse_section(VariantSection, f"variants.{name}", said)
-    for key in ("model", "training"):
-        _check_free(f"variants.{name}.{key}", getattr(section, key))
+    section = parse_section(Variant, f"variants.{name}", said, RecipeError)
+    for key in ("output", "seed", "steps"):
+        if key in section.training:
+            raise RecipeError(
+                f"variants.{name}.training.{key}: the comparison sets it; expected `tokens`, a share, or nothing"
+            )
     known = {**SHIPPED, **listed}
     if section.like is not None:
         check_known(section.like, list(known), "variant", RecipeError, f"variants.{name}.like=")
     elif name not in SHIPPED and not (section.model or section.training):
         near = nearest(name, list(SHIPPED), "variants.")
         raise RecipeError(f"unknown variant variants.{name}, which says neither like nor model nor training: {near}")
-    base = known.get(section.like or name, Variant(name))
-    values = {key: getattr(section, key) for key in OWN if key in said}
+    base = known.get(section.like or name, Variant(title=name))
+    own = {key: getattr(section, key) for key in said if key not in ("like", "model", "training")}
     if section.like not in (None, name):
-        values = {"title": name, **values}
-    sections = lay_over(base.sections, {"model": section.model, "training": section.training})
-    made = replace(base, sections=sections, **values)
-    if made.spend not in SPENDING:
-        raise RecipeError(f"variants.{name}.spend={shown(made.spend)}: expected one of {', '.join(SPENDING)}")
+        own = {"title": name, **own}
+    made = replace(base, **lay_over(base.sections, section.sections), **own)
     if made.spend != "tokens" and made.flops_of is None:
         raise RecipeError(f"variants.{name}.spend={made.spend}: expected flops_of, whose training FLOPs are spent")
-    if not 0 < made.tokens <= MOST_SHARE:
-        raise RecipeError(
-            f"variants.{name}.tokens={made.tokens}: expected a share of the recipe's tokens, above 0 and at most "
-            f"{MOST_SHARE:,}"
-        )
     return made
-
-
-def _check_free(key: str, values: Mapping[str, Any]) -> None:
-    for name in values:
-        if key.endswith(".training") and name in ("output", "seed", "steps"):
-            raise RecipeError(f"{key}.{name}: the comparison sets it; expected `tokens`, a share, or nothing")
