@@ -16,8 +16,7 @@ from tests.run_fixtures import RECIPE
 from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
-from thoughtbubbles.planning.options import PlanOptions
-from thoughtbubbles.recipes.preparation import Preparation
+from thoughtbubbles.recipes.options import PlanOptions, Preparation
 
 COMMAND = (sys.executable, "-c", "from thoughtbubbles_command import main; main()")
 COMMANDS = (

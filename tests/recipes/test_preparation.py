@@ -137,6 +137,11 @@ def test_empty_lists_and_null_are_as_if_not_named(tmp_path: Path) -> None:
     assert options == Preparation(seed=2)
 
 
+def test_a_fraction_without_a_point_is_a_number(tmp_path: Path) -> None:
+    options = load_preparation(write(tmp_path / "x.yaml", "validation_fraction: 1e-2"))
+    assert options == Preparation(validation_fraction=0.01)
+
+
 @pytest.mark.parametrize("name", ["sources", "block_siz"])
 def test_an_option_that_there_is_not_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(TypeError, match=name):

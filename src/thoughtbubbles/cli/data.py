@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from thoughtbubbles.cli.shared import QuietOption, with_options
-from thoughtbubbles.recipes.preparation import Preparation, load_preparation
+from thoughtbubbles.recipes.options import Preparation
 from thoughtbubbles.support.errors import InputError
 
 SourcesArgument = Annotated[
@@ -51,6 +51,7 @@ def prepare(
     borders inside a block. Validation is held out by document. A call that was interrupted goes on where it stopped
     when it is made again.
     """
+    from thoughtbubbles.data import load_preparation
     from thoughtbubbles.data import prepare as prepare_data
 
     if verify:

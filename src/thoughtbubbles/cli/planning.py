@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from thoughtbubbles.cli.shared import BudgetOption, JsonOption, with_options
-from thoughtbubbles.planning.options import PlanOptions
+from thoughtbubbles.recipes.options import PlanOptions
 from thoughtbubbles.support.files import json_text
 
 

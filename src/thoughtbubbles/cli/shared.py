@@ -40,7 +40,7 @@ def with_options(section: type[Any], **hints: Any) -> Callable[[Callable[..., No
     There it gets, by name, the values that the user gave. The help of a field is the option's.
 
     Args:
-        section: a dataclass whose fields have defaults and are made by `support.options.option`.
+        section: a dataclass whose fields have defaults and are made by `recipes.options.option`.
         hints: of fields that are something else on a command line than in the dataclass.
     """
     options = [_keyword(each.name, hints.get(each.name, _option_of(each)), each.default) for each in fields(section)]

@@ -11,7 +11,8 @@ from thoughtbubbles.data.preparation.prepare import prepare
 from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.reading import read_rows
-from thoughtbubbles.recipes.preparation import Preparation, load_preparation
+from thoughtbubbles.recipes.options import Preparation
+from thoughtbubbles.recipes.preparation import load_preparation
 from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
 
 __all__ = [

@@ -25,8 +25,8 @@ from thoughtbubbles.model.accounting import (
 )
 from thoughtbubbles.model.budget import MAX_TOKENS, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
-from thoughtbubbles.planning.options import PlanOptions
 from thoughtbubbles.planning.setup import Setup, at_budget, read_setup
+from thoughtbubbles.recipes.options import PlanOptions
 from thoughtbubbles.recipes.training import SHARDINGS
 from thoughtbubbles.support.errors import InputError, shown
 from thoughtbubbles.training.memory import USABLE_MEMORY, largest_micro_batch, process_bytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from thoughtbubbles.model.budget import Budget, parse_budget
 from thoughtbubbles.model.configuration import PRESETS, ThoughtbubblesConfig
 from thoughtbubbles.model.loading import load_config
-from thoughtbubbles.planning.options import PlanOptions
+from thoughtbubbles.recipes.options import PlanOptions
 from thoughtbubbles.support.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from thoughtbubbles.model.budget import parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.recipes.options import option
 from thoughtbubbles.recipes.training import (
     AnyBudget,
     RecipeError,
@@ -31,7 +32,6 @@ from thoughtbubbles.recipes.values import (
 )
 from thoughtbubbles.recipes.variants import SHIPPED, Tokens, Variant, parse_variants
 from thoughtbubbles.support.errors import shown
-from thoughtbubbles.support.options import option
 
 BASE = ("model", "data", "training")
 

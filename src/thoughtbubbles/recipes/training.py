@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from thoughtbubbles.model.budget import Budget, parse_budget
+from thoughtbubbles.recipes.options import option
 from thoughtbubbles.recipes.values import (
     STRICT,
     Count,
@@ -34,7 +35,6 @@ from thoughtbubbles.recipes.values import (
     wrapped,
 )
 from thoughtbubbles.support.errors import InputError, shown
-from thoughtbubbles.support.options import option
 
 if TYPE_CHECKING:
     from thoughtbubbles.model.configuration import ThoughtbubblesConfig

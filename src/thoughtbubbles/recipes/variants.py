@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from thoughtbubbles.recipes.options import option
 from thoughtbubbles.recipes.training import RecipeError, lay_over
 from thoughtbubbles.recipes.values import STRICT, Number, check_known, nearest, parse_section
 from thoughtbubbles.support.errors import shown
-from thoughtbubbles.support.options import option
 
 # More steps than can be counted are no steps.
 Tokens = Annotated[Number, Field(gt=0, le=1_000_000)]

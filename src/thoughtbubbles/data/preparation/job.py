@@ -13,7 +13,7 @@ from thoughtbubbles.data.preparation.packing import token_type
 from thoughtbubbles.data.sources.corpora import FileSource, Source, check_different, resolve_source
 from thoughtbubbles.data.sources.identity import stat_facts
 from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
-from thoughtbubbles.recipes.preparation import Preparation, SourceName
+from thoughtbubbles.recipes.options import Preparation, SourceName
 from thoughtbubbles.recipes.values import check_seed
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.text import document_separator

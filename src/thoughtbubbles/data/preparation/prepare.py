@@ -12,7 +12,7 @@ from thoughtbubbles.data.preparation.prepared import SPLITS, check_complete
 from thoughtbubbles.data.preparation.stages import Run
 from thoughtbubbles.data.preparation.verification import verify
 from thoughtbubbles.data.preparation.workfolder import discard_work, locked_work, publish, resumable
-from thoughtbubbles.recipes.preparation import PYTHON_STDLIB, Preparation, SourceName
+from thoughtbubbles.recipes.options import PYTHON_STDLIB, Preparation, SourceName
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
 from thoughtbubbles.support.progress import say

@@ -33,7 +33,7 @@ from thoughtbubbles.data.sources.hub import HubSource, newest_commit, quiet_data
 from thoughtbubbles.data.sources.reading import Reader, open_documents
 from thoughtbubbles.data.splitting import Digests, Documents, Indices, Split, split_documents
 from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
-from thoughtbubbles.recipes.preparation import PYTHON_STDLIB
+from thoughtbubbles.recipes.options import PYTHON_STDLIB
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.progress import say, stage
 from thoughtbubbles.support.text import document_separator, record_start

@@ -12,7 +12,7 @@ from typing import Any
 from thoughtbubbles.data.sources.formats import JSON, ROW_KINDS, TEXT, file_kind, holds_rows, known_suffixes
 from thoughtbubbles.data.sources.hub import PREFIX, HubSource, make_source, parse_name
 from thoughtbubbles.data.sources.rowtext import check_template
-from thoughtbubbles.recipes.preparation import PYTHON_STDLIB
+from thoughtbubbles.recipes.options import PYTHON_STDLIB
 from thoughtbubbles.recipes.values import convert
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
