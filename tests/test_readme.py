@@ -155,7 +155,7 @@ def test_what_the_pages_point_to_is_there(page: str) -> None:
 def test_names_that_the_method_points_to_are_there() -> None:
     sources = re.findall(r"\]\(\.\./(src/[\w/]+\.py)\)((?:[,\s]+(?:class|and)?\s*`\w+`)*)", METHOD)
     named = [(path, name) for path, names in sources for name in re.findall(r"`(\w+)`", names)]
-    assert ("src/thoughtbubbles/streams.py", "positions") in named
+    assert ("src/thoughtbubbles/model/streams.py", "positions") in named
     for path, name in named:
         assert re.search(rf"^ *(class|def) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
 

@@ -125,7 +125,7 @@ def convert(key: str, value: Any, hint: Any, error: type[InputError]) -> Any:
         InputError: it is not; the message has the key, the value and what was expected.
     """
     try:
-        return TypeAdapter({float: Number}.get(hint, hint), config=STRICT).validate_python(value)
+        return TypeAdapter(hint, config=STRICT).validate_python(value)
     except ValidationError as reason:
         found = reason.errors(include_url=False)[0]
     raise error(_explain(found, key, found["loc"], hint))
