@@ -18,7 +18,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation import harness
 from thoughtbubbles.evaluation.harness import adapter, cut_left
-from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.support.errors import InputError, UnfinishedError
 
 ROUTINGS = ("causal", "topk", "none", "copy")
 
@@ -239,3 +239,15 @@ def test_bad_input_of_the_launcher_is_one_line(
         harness.main()
     assert end.value.code == 2
     assert re.fullmatch(r"thoughtbubbles: model .*: expected a folder with config.json.*\n", capsys.readouterr().err)
+
+
+def test_a_network_that_fails_the_launcher_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away() -> None:
+        raise UnfinishedError("the hub is away")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", away)
+    with pytest.raises(SystemExit) as end:
+        harness.main()
+    assert (end.value.code, capsys.readouterr().err) == (1, "thoughtbubbles: the hub is away\n")

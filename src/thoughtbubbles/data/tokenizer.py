@@ -91,6 +91,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
 
     Raises:
         DataError: neither, not a tokenizer, a slow one, or one without an end-of-text (eos) token.
+        UnfinishedError: the hub cannot be reached.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

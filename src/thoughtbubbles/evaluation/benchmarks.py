@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from thoughtbubbles.evaluation.localdata import find_file
 from thoughtbubbles.evaluation.records import hash_files
 from thoughtbubbles.recipes.values import check_known
-from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.errors import InputError, RunError, one_line
 from thoughtbubbles.support.sampling import spread
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None, num_fewshot: int
     )
     try:
         loaded = manager.load([benchmark.task])
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:  # the hub and its libraries raise anything
         raise InputError(f"task {benchmark.name}: its documents cannot be had: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from thoughtbubbles.evaluation.finite import check_finite, finite_logits
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.loading import find_model, load_tokenizer
-from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.errors import InputError, RunError, one_line
 from thoughtbubbles.support.text import decode_continuation, document_ends, encode_text, start_document
 
 if TYPE_CHECKING:
@@ -216,13 +216,13 @@ def _raise(ids: list[int]) -> list[int]:
 
 
 def main() -> None:
-    """Register the model and run the harness's own command line; bad input is one line and exit code 2."""
+    """Register the model and run the harness's own command line, which ends as our own commands do."""
     try:
         adapter()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
-    except InputError as end:
+    except (InputError, RunError) as end:
         print(f"thoughtbubbles: {end}", file=sys.stderr)
         sys.exit(end.exit_code)
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import hub_folder, make_texts
-from thoughtbubbles.data import DataError, load_prepared, prepare, resolve_source
+from thoughtbubbles.data import DataError, SourceError, UnfinishedError, load_prepared, prepare, resolve_source
 from thoughtbubbles.data.feed import stream as stream_module
 from thoughtbubbles.data.feed.heldout import HeldOut
 from thoughtbubbles.data.feed.mixture import ROUND
@@ -50,11 +50,11 @@ class Numbers:
 
 
 class Memory:
-    """A source of texts in memory; a shard that is None cannot be read."""
+    """A source of texts in memory; a shard that is an error cannot be read."""
 
     commit = None
 
-    def __init__(self, shards: Sequence[Sequence[str | None] | None]) -> None:
+    def __init__(self, shards: Sequence[Sequence[str | None] | Exception]) -> None:
         self.name = "memory"
         self.shards = shards
 
@@ -69,15 +69,15 @@ class Memory:
 
 
 class _MemoryReader:
-    def __init__(self, texts: Sequence[str | None] | None) -> None:
+    def __init__(self, texts: Sequence[str | None] | Exception) -> None:
         self._texts = texts
         self._next = 0
         self.undecodable: list[str] = []
 
     def documents(self, start: Position | None = None) -> Documents:
         self._next = 0 if start is None else start["next"]
-        if self._texts is None:
-            raise DataError("memory is broken")
+        if isinstance(self._texts, Exception):
+            raise self._texts
         for text in self._texts[self._next :]:
             self._next += 1
             yield text
@@ -275,10 +275,11 @@ def test_a_source_without_documents_is_one_line(shards: list[list[str | None]]) 
         next(LaneReader(Memory(shards), 0, 0, packing(2, held_out=[[1, 1]])).blocks(None))
 
 
-def test_a_shard_that_cannot_be_read_ends_the_run_in_one_line() -> None:
+@pytest.mark.parametrize("kind", [DataError, SourceError, UnfinishedError])
+def test_a_shard_that_cannot_be_read_ends_the_run_in_one_line(kind: type[Exception]) -> None:
     message = "memory is broken; when it can be read again, the same command goes on from the last checkpoint"
     with (
-        closing(mixture([Memory([["1 1 1"] * 40, None])], [1], 1, 1000, 2)) as stream,
+        closing(mixture([Memory([["1 1 1"] * 40, kind("memory is broken")])], [1], 1, 1000, 2)) as stream,
         pytest.raises(RunError, match=message) as caught,
     ):
         [stream[index] for index in range(1000)]

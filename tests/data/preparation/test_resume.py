@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import hub_folder, make_texts, write_folder
 from tests.data.preparation.test_prepare import content, leftovers, prepare
-from thoughtbubbles.data import DataError, Manifest, UnfinishedError, load_prepared
+from thoughtbubbles.data import DataError, Manifest, SourceError, UnfinishedError, load_prepared
 from thoughtbubbles.data.preparation import prepare as preparation
 from thoughtbubbles.data.preparation import shards, survey
 from thoughtbubbles.data.preparation import stages as run
@@ -337,10 +337,11 @@ def test_bad_input_after_an_interruption_leaves_nothing(
     [
         (OSError(errno.ENOSPC, "No space left on device"), r"out cannot be written: No space left on device; what is"),
         (UnfinishedError("source 'x' cannot be read further: gone"), r"^source 'x' cannot be read further: gone; what"),
+        (SourceError("source 'x' cannot be read further: hurt"), r"^source 'x' cannot be read further: hurt; what"),
     ],
-    ids=["disk", "network"],
+    ids=["disk", "network", "source"],
 )
-def test_a_full_disk_and_a_lost_network_are_one_line_and_keep_what_is_done(
+def test_a_full_disk_a_lost_network_and_a_hurt_source_are_one_line_and_keep_what_is_done(
     tmp_path: Path,
     sources: list[str],
     options: dict[str, Any],
@@ -348,10 +349,11 @@ def test_a_full_disk_and_a_lost_network_are_one_line_and_keep_what_is_done(
     error: Exception,
     message: str,
 ) -> None:
+    kind = SourceError if isinstance(error, SourceError) else UnfinishedError
     for count, end in ((0, None), (25, ".out.partial")):
         with pytest.MonkeyPatch.context() as patch:
             stop_after_appending(patch, count, error)
-            with pytest.raises(UnfinishedError, match=message if end else message.partition("; ")[0]) as caught:
+            with pytest.raises(kind, match=message if end else message.partition("; ")[0]) as caught:
                 prepare(tmp_path / "out", sources, **options)
         assert "\n" not in str(caught.value)
         assert leftovers(tmp_path) == [*([end] if end else []), "expected"]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.conftest import hub_folder
-from thoughtbubbles.data import DataError, UnfinishedError, read_rows
+from thoughtbubbles.data import DataError, SourceError, UnfinishedError, read_rows
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubSource, parse_name
 from thoughtbubbles.data.sources.reading import open_documents, read_documents
@@ -184,7 +184,7 @@ def test_damaged_data_is_one_line(tmp_path: Path, hub: Path) -> None:
     (hub / "first-train-1.parquet").write_bytes(b"PAR1 broken")
     documents = reader.documents()
     assert len(list(itertools.islice(documents, 7))) == 7
-    with pytest.raises(UnfinishedError, match="cannot be read further: ") as caught:
+    with pytest.raises(SourceError, match="cannot be read further: ") as caught:
         next(documents)
     assert "\n" not in str(caught.value)
 

@@ -22,7 +22,7 @@ from thoughtbubbles.data.feed.mixture import Rounds, mixture_key, permuted
 from thoughtbubbles.data.preparation.packing import TokenArray, cut_blocks
 from thoughtbubbles.data.sources.reading import Position, Shards
 from thoughtbubbles.data.tokenizer import Encoder
-from thoughtbubbles.support.errors import DataError, RunError
+from thoughtbubbles.support.errors import DataError, RunError, UnfinishedError
 
 MOST_THREADS = 4
 # Epochs of a source in which a lane finds no document, after which it has none: by chance that happens to nobody.
@@ -254,7 +254,7 @@ class StreamMixture:
         source, lane, block = self.place(index)
         try:
             return self._track(source, lane).block(block)
-        except DataError as error:
+        except (DataError, UnfinishedError) as error:
             again = "when it can be read again, the same command goes on from the last checkpoint"
             raise RunError(f"{error}; {again}") from error
 

@@ -8,7 +8,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from thoughtbubbles.support.errors import DataError, UnfinishedError, as_os_error, is_path_error, os_reason
+from thoughtbubbles.support.errors import (
+    DataError,
+    SourceError,
+    UnfinishedError,
+    as_os_error,
+    is_path_error,
+    os_reason,
+)
 from thoughtbubbles.support.files import flush, flush_entry, lock, made_folder, partial_path, write_text
 from thoughtbubbles.support.progress import say
 
@@ -50,7 +57,8 @@ def locked_work(output: Path) -> Iterator[Path]:
 def resumable(work: Path, output: Path, fingerprint: str, progress: bool) -> Iterator[None]:
     """Work in a locked folder on the job of a fingerprint; what another job left there is removed first.
 
-    Bad input and success remove what is done; whatever else stops the work leaves it for the next start.
+    Bad input and success remove what is done; whatever else stops the work leaves it for the next start, and so does a
+    source that may come back.
 
     Raises:
         UnfinishedError: the disk is full, or cannot be written.
@@ -65,7 +73,7 @@ def resumable(work: Path, output: Path, fingerprint: str, progress: bool) -> Ite
     except KeyboardInterrupt:
         say(f"stopped{_what_stays(work)}", progress)
         raise
-    except UnfinishedError as error:
+    except (UnfinishedError, SourceError) as error:
         raise type(error)(f"{error}{_what_stays(work)}") from error
     except DataError:
         _clear(work)
@@ -81,7 +89,7 @@ def resumable(work: Path, output: Path, fingerprint: str, progress: bool) -> Ite
 def discard_work(output: Path, fingerprint: str) -> None:
     """Remove the work of a job whose output is there: a process was killed after its last renaming."""
     if _fingerprint(partial_path(output)) == fingerprint:
-        with suppress(DataError, OSError), locked_work(output) as work:
+        with suppress(DataError, UnfinishedError, OSError), locked_work(output) as work:
             _clear(work)
 
 

@@ -150,7 +150,8 @@ class HubReader:
         progress: show the library's bars of a download.
 
     Raises:
-        DataError: a name, configuration or split that is not there, or a hub that cannot be reached.
+        SourceError: a name, configuration or split that is not there.
+        UnfinishedError: a hub that cannot be reached.
     """
 
     def __init__(self, source: HubSource, progress: bool = False) -> None:
@@ -252,12 +253,13 @@ def _load(source: HubSource, progress: bool) -> "Dataset | IterableDataset":
         raise _failure(source, "cannot be loaded", error) from error
 
 
-def _failure(source: HubSource, what: str, error: Exception) -> UnfinishedError:
+def _failure(source: HubSource, what: str, error: Exception) -> SourceError | UnfinishedError:
     """What the library's error means: a source at fault where it is local or was never there, else the network."""
     absent = what == "cannot be loaded" and isinstance(error, FileNotFoundError | ValueError)
     found = as_os_error(error)
     stopped = is_network(error) or (found is not None and found.errno is not None and not is_path_error(found))
-    kind = SourceError if not stopped and (absent or source.folder is not None) else UnfinishedError
+    hurt = not stopped and (absent or source.folder is not None)
+    kind: type[SourceError | UnfinishedError] = SourceError if hurt else UnfinishedError
     return kind(f"source {source.name!r} {what}: {one_line(error)}")
 
 
