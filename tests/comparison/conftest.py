@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.run_fixtures import RECIPE
-from thoughtbubbles.comparison.measuring import measure
+from thoughtbubbles.comparison.measuring import measure_run
 from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.recipes.comparison import Comparison, load_comparison
@@ -46,5 +46,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_data: PreparedData) 
     planner = RunPlanner(tiny_comparison(tmp_path_factory.mktemp("comparison"), tiny_data.path, variants=variants))
     for run in planner.runs({})[:-1]:
         train(run.recipe, progress=False)
-        measure(run.folder, planner.data, planner.comparison.evaluation)
+        measure_run(run.folder, planner.data, planner.comparison.evaluation)
     return planner

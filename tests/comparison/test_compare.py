@@ -111,7 +111,7 @@ def test_memory_that_runs_out_when_measuring_is_a_line(finished: RunPlanner, mon
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(pool, "measure", fail)
+    monkeypatch.setattr(pool, "measure_run", fail)
     with pytest.raises(RunError, match=r"when measuring: evaluation\.batch_size=16, expected a smaller one"):
         pool._measure(finished.runs({})[0], finished.comparison.evaluation)
 

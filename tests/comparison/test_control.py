@@ -8,7 +8,7 @@ import pytest
 from tests.comparison.conftest import tiny_comparison
 from thoughtbubbles.comparison.compare import Tuned, look
 from thoughtbubbles.comparison.control import Trial, control_lines, rate_caveat
-from thoughtbubbles.comparison.measuring import measure
+from thoughtbubbles.comparison.measuring import measure_run
 from thoughtbubbles.comparison.pages import markdown, status
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
@@ -117,7 +117,7 @@ def planner(tmp_path_factory: pytest.TempPathFactory, tiny_data: PreparedData) -
     for run in made.runs({}):
         if run.variant in ("dense", "looped", "causal") or run.seed == 0:
             train(run.recipe, progress=False)
-            measure(run.folder, made.data, made.comparison.evaluation)
+            measure_run(run.folder, made.data, made.comparison.evaluation)
     return made
 
 

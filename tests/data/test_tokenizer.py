@@ -23,7 +23,7 @@ from thoughtbubbles.data.tokenizer import (
     Encoder,
     allows_cuts,
     cut_at_spaces,
-    load_tokenizer,
+    load_data_tokenizer,
     tokenizer_hash,
     train_tokenizer,
     vocabulary_size,
@@ -171,13 +171,13 @@ def test_the_environment_is_left_as_it_was(trained: PreTrainedTokenizerFast, mon
 
 def test_bad_tokenizer_folders_are_refused(tmp_path: Path, trained: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"tokenizer '.*none' is not a folder, and no name of a tokenizer on the hub"):
-        load_tokenizer(tmp_path / "none")
+        load_data_tokenizer(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"tokenizer '.*empty' cannot be loaded by AutoTokenizer: .+"):
-        load_tokenizer(tmp_path / "empty")
+        load_data_tokenizer(tmp_path / "empty")
     PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer).save_pretrained(str(tmp_path / "no-eos"))
     with pytest.raises(DataError, match=r"tokenizer '.*no-eos' has no eos token: expected one"):
-        load_tokenizer(tmp_path / "no-eos")
+        load_data_tokenizer(tmp_path / "no-eos")
 
 
 def test_a_tokenizer_is_had_by_its_name_on_the_hub(
@@ -192,9 +192,9 @@ def test_a_tokenizer_is_had_by_its_name_on_the_hub(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
-    assert vocabulary_size(load_tokenizer("some-one/tiny.v2")) == 300
+    assert vocabulary_size(load_data_tokenizer("some-one/tiny.v2")) == 300
     (tmp_path / "some-one" / "tiny.v2").mkdir(parents=True)
-    load_tokenizer("some-one/tiny.v2")
+    load_data_tokenizer("some-one/tiny.v2")
     # A folder goes before a name, and is read without the network.
     assert [options["local_files_only"] for _, options in asked] == [False, True]
     assert {name for name, _ in asked} == {"some-one/tiny.v2"}
@@ -205,5 +205,5 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line() -> None:
         r"tokenizer 'no-one/nothing' cannot be loaded by AutoTokenizer \(no such folder; taken for a name on the hub"
     )
     with pytest.raises(DataError, match=message) as caught:
-        load_tokenizer("no-one/nothing")
+        load_data_tokenizer("no-one/nothing")
     assert "\n" not in str(caught.value)

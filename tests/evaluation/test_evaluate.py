@@ -27,7 +27,7 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation import evaluate as module
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS, load_benchmark, parse_tasks
 from thoughtbubbles.evaluation.evaluate import Options, evaluate
-from thoughtbubbles.evaluation.report import Row, comparison_table, panels_of, rows_of, table_of, write_report
+from thoughtbubbles.evaluation.report import ScoreRow, comparison_table, panels_of, rows_of, table_of, write_report
 from thoughtbubbles.evaluation.scoring import run_task
 from thoughtbubbles.model.budget import budget_text
 from thoughtbubbles.support.errors import InputError
@@ -66,7 +66,7 @@ def options(tasks: str, files: Path, *budgets: str, **values: Any) -> Options:
     return Options(parse_tasks(tasks), files, budgets=chosen, **{"num_fewshot": 0, **values})
 
 
-def scores(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:
+def scores(rows: Sequence[ScoreRow]) -> dict[tuple[str, str, str], float]:
     return {(row.task, row.protocol, row.metric): row.value for row in rows}
 
 
@@ -320,7 +320,7 @@ def test_budgets_are_written_as_people_write_them(budget: str, text: str) -> Non
 
 
 def test_a_single_document_has_no_error() -> None:
-    row = Row("piqa", "1.0", "1", 0, "harness", "acc", 1.0, float("nan"), 1, None, True, False)
+    row = ScoreRow("piqa", "1.0", "1", 0, "harness", "acc", 1.0, float("nan"), 1, None, True, False)
     assert "| 1.0000 |" in table_of([row])
 
 

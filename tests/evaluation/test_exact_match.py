@@ -23,7 +23,7 @@ from thoughtbubbles.data.feed.rundata import collate_examples
 from thoughtbubbles.data.feed.sft import Example
 from thoughtbubbles.data.procedural import TASKS, word_tokenizer
 from thoughtbubbles.data.tokenizer import save_tokenizer
-from thoughtbubbles.evaluation.answering import Batch, Question, answer_questions, make_batches, read_questions
+from thoughtbubbles.evaluation.answering import Question, QuestionBatch, answer_questions, make_batches, read_questions
 from thoughtbubbles.evaluation.exact_match import measure_exact_match
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support import plots
@@ -55,7 +55,7 @@ def questions(rows: list[tuple[str, str, int]] = ROWS) -> list[Question]:
     return [Question(number, *row) for number, row in enumerate(rows, start=1)]
 
 
-def batches(rows: list[tuple[str, str, int]] = ROWS, batch_size: int = 64) -> list[Batch]:
+def batches(rows: list[tuple[str, str, int]] = ROWS, batch_size: int = 64) -> list[QuestionBatch]:
     return make_batches(TOKENIZER, questions(rows), "rows", 24, batch_size)
 
 

@@ -14,7 +14,7 @@ from thoughtbubbles.evaluation.protocols import (
     gold_likelihoods,
     last_words,
     lowest_losses,
-    measure,
+    measure_documents,
 )
 
 
@@ -100,4 +100,4 @@ def test_gold_solutions_and_answers(tiny_data: PreparedData) -> None:
 
 
 def test_wikitext_has_no_other_protocol(tiny_data: PreparedData) -> None:
-    assert measure("wikitext", wrap(make_model(tiny_data), tiny_data), [{"page": "the"}]) == []
+    assert measure_documents("wikitext", wrap(make_model(tiny_data), tiny_data), [{"page": "the"}]) == []

@@ -42,7 +42,7 @@ def test_streams_are_those_of_the_trace(trace: BubbleTrace) -> None:
 
 
 def test_scores_are_those_of_the_last_block(trace: BubbleTrace) -> None:
-    figure = figures.draw_scores(trace)
+    figure = figures.draw_final_scores(trace)
     panels = figure.axes
     points = [tuple(point) for axes in panels for group in axes.collections for point in group.get_offsets().tolist()]
     table = trace.streams
@@ -150,7 +150,7 @@ def all_of(trace: BubbleTrace, made: Ablation) -> list[Figure]:
     """The pictures of one text."""
     return [
         figures.draw_streams(trace),
-        figures.draw_scores(trace),
+        figures.draw_final_scores(trace),
         figures.draw_tree(trace, largest(trace)),
         figures.draw_ablation(trace, made),
     ]

@@ -16,7 +16,7 @@ from thoughtbubbles.cli import app
 from thoughtbubbles.data.feed.rundata import load_run_data
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.reading import read_documents
-from thoughtbubbles.data.tokenizer import load_tokenizer as load_data_tokenizer
+from thoughtbubbles.data.tokenizer import load_data_tokenizer
 from thoughtbubbles.evaluation.harness import adapter
 from thoughtbubbles.model.loading import load_config, load_model, load_tokenizer
 from thoughtbubbles.recipes.training import load_recipe

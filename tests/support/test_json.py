@@ -13,7 +13,7 @@ from tests.helpers import tiny_model
 from tests.tokenizer_kinds import byte_level
 from thoughtbubbles.cli import app
 from thoughtbubbles.data import prepare
-from thoughtbubbles.data.tokenizer import load_tokenizer
+from thoughtbubbles.data.tokenizer import load_data_tokenizer
 from thoughtbubbles.model.loading import load_model
 from thoughtbubbles.support.files import json_text
 
@@ -23,7 +23,7 @@ TEXT = "the river of stone house under green cloud"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = byte_level(tmp_path_factory.mktemp("model"), "<s>", "</s>")
-    size = len(load_tokenizer(folder))
+    size = len(load_data_tokenizer(folder))
     tiny_model(vocab_size=size, max_position_embeddings=64).save_pretrained(folder)
     return folder
 
@@ -89,7 +89,7 @@ def test_a_prompt_from_a_file_or_standard_input_is_as_it_is(model: Path, tmp_pat
     greedy = ("generate", model, "--max-new-tokens", 2, "--temperature", 0)
     found = strict(*greedy, "--file", path)
     assert found["prompt"] == text
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_data_tokenizer(model)
     assert tokenizer.decode(found["ids"][1 : found["prompt_tokens"]]) == text
     assert not {0, 1} & set(found["ids"][1 : found["prompt_tokens"]])
     assert strict(*greedy, input=content) == strict(*greedy, "--prompt", text) == found
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_utf_8_is_named(model: Path, tmp_path: Path) -> None:
 def test_documents_of_a_file_are_measured_apart(model: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,body\n1,the river\n2,of stone\n")
     (found,) = strict("perplexity", model, tmp_path / "rows.csv", "--text-field", "body")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_data_tokenizer(model)
     parts = [tokenizer.encode(text) for text in ("the river", "of stone")]
     assert found["tokens"] == sum(map(len, parts)) + 1
     ids = torch.tensor([[0, *parts[0], 0, *parts[1]]])

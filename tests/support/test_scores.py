@@ -7,7 +7,7 @@ import pytest
 from lm_eval.api import metrics as harness
 from scipy.stats import ttest_rel
 
-from thoughtbubbles.support.statistics import KINDS, Scores, compare
+from thoughtbubbles.support.statistics import KINDS, Scores, compare_scores
 
 RNG = np.random.default_rng(0)
 
@@ -66,12 +66,12 @@ def test_pairing_sees_what_separate_intervals_do_not() -> None:
     easy = coin(300, 0.5)
     better = [min(1.0, value + extra) for value, extra in zip(easy, coin(300, 0.06, seed=1), strict=True)]
     ours, theirs = Scores.of("mean", ones(better)), Scores.of("mean", ones(easy))
-    found = compare(ours, theirs)
+    found = compare_scores(ours, theirs)
     assert found.estimate == pytest.approx(np.mean(better) - np.mean(easy))
     assert 0 < found.low < found.estimate < found.high
     assert found.p_value < 0.01
     assert ours.standard_error > found.estimate / 2  # alone, the two intervals overlap
-    reverse = compare(theirs, ours)
+    reverse = compare_scores(theirs, ours)
     assert (reverse.low, reverse.high, reverse.p_value) == (-found.high, -found.low, found.p_value)
 
 
@@ -80,7 +80,7 @@ def test_p_is_two_sided(sign: int) -> None:
     """Near that of a paired t-test, of which one side alone would be half."""
     theirs, noise = (np.random.default_rng(seed).normal(0, 1, 400) for seed in (1, 2))
     ours = theirs + sign * 0.075 + noise - noise.mean()
-    found = compare(Scores.of("mean", ones(ours.tolist())), Scores.of("mean", ones(theirs.tolist())))
+    found = compare_scores(Scores.of("mean", ones(ours.tolist())), Scores.of("mean", ones(theirs.tolist())))
     expected = ttest_rel(ours, theirs).pvalue
     assert 0.1 < expected < 0.2
     assert found.p_value == pytest.approx(expected, abs=0.02)
@@ -88,7 +88,7 @@ def test_p_is_two_sided(sign: int) -> None:
 
 def test_equal_scores_do_not_differ() -> None:
     scores = Scores.of("perplexity", ones([-1.0, -2.0, -0.5]))
-    found = compare(scores, scores)
+    found = compare_scores(scores, scores)
     assert (found.estimate, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
@@ -96,7 +96,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(200):
         one, other = coin(120, 0.6, seed), coin(120, 0.5, seed + 1000)
-        found = compare(Scores.of("mean", ones(one)), Scores.of("mean", ones(other)), resamples=500)
+        found = compare_scores(Scores.of("mean", ones(one)), Scores.of("mean", ones(other)), resamples=500)
         covered += found.low <= 0.1 <= found.high
     assert 180 <= covered <= 198
 
@@ -111,6 +111,6 @@ def test_memory_of_resampling_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_other_documents_are_not_compared() -> None:
     with pytest.raises(ValueError, match="scores of different documents"):
-        compare(Scores.of("mean", ones([1.0, 0.0])), Scores.of("mean", ones([1.0])))
+        compare_scores(Scores.of("mean", ones([1.0, 0.0])), Scores.of("mean", ones([1.0])))
     with pytest.raises(ValueError, match="scores of different documents"):
-        compare(Scores.of("mean", ones([1.0, 0.0])), Scores.of("perplexity", ones([1.0, 0.0])))
+        compare_scores(Scores.of("mean", ones([1.0, 0.0])), Scores.of("perplexity", ones([1.0, 0.0])))

@@ -16,14 +16,13 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.app.exhibit import Exhibit
 from thoughtbubbles.data import load_prepared, prepare
 from thoughtbubbles.data.feed.sft import Template, read_examples
-from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer
+from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer
 from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
 from thoughtbubbles.evaluation.generation import PARTIAL, Sampling, TextPrinter, generate_text
 from thoughtbubbles.evaluation.harness import adapter
 from thoughtbubbles.evaluation.perplexity import TextSize, read_blocks
 from thoughtbubbles.inspection.trace import to_ids, trace_bubbles
-from thoughtbubbles.model.loading import check_start, load_model
-from thoughtbubbles.model.loading import load_tokenizer as load_model_tokenizer
+from thoughtbubbles.model.loading import check_start, load_model, load_tokenizer
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.text import (
     decode_after,
@@ -78,7 +77,7 @@ def starts(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, list[i
 def test_without_a_record_the_tokenizers_own_rule_precedes_a_text(
     tmp_path: Path, bos: str | None, eos: str, template: str | None, expected: str
 ) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok", bos, eos, template))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok", bos, eos, template))
     wanted = [tokenizer.convert_tokens_to_ids(expected)]
     assert starts(tokenizer, tmp_path / "work") == dict.fromkeys(starts(tokenizer, tmp_path / "again"), wanted)
 
@@ -102,7 +101,7 @@ def test_what_preceded_documents_in_training_precedes_every_text(tmp_path: Path,
 
 
 def test_a_record_goes_with_the_tokenizer_into_new_data(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
     record_start(tokenizer, tokenizer.bos_token_id)
     tokenizer.save_pretrained(tmp_path / "recorded")
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
@@ -116,13 +115,13 @@ def test_a_record_goes_with_the_tokenizer_into_new_data(tmp_path: Path) -> None:
 
 
 def test_a_record_of_no_token_is_refused(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok", document_start="<nothing>"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok", document_start="<nothing>"))
     with pytest.raises(InputError, match=r"document_start='<nothing>': expected a token of the vocabulary"):
         start_document(tokenizer)
 
 
 def test_a_model_is_measured_on_data_with_its_own_separator(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "m", "<s>", "</s>"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "m", "<s>", "</s>"))
     model_of(tokenizer).save_pretrained(tmp_path / "m")
     check_start(tmp_path / "m", tokenizer, "data")  # nothing is recorded, nothing is known
     record_start(tokenizer, tokenizer.eos_token_id)
@@ -134,8 +133,8 @@ def test_a_model_is_measured_on_data_with_its_own_separator(tmp_path: Path) -> N
 
 
 def test_a_tokenizers_own_special_tokens_change_no_score(tmp_path: Path) -> None:
-    plain = load_tokenizer(byte_level(tmp_path / "plain"))
-    adding = load_tokenizer(byte_level(tmp_path / "adding", template=f"$A {END}"))
+    plain = load_data_tokenizer(byte_level(tmp_path / "plain"))
+    adding = load_data_tokenizer(byte_level(tmp_path / "adding", template=f"$A {END}"))
     model, context, text = model_of(plain), "the river of", " stone house"
     found = []
     for tokenizer in (plain, adding):
@@ -168,7 +167,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_all_read_the_same_tokens_from_a_file(tmp_path: Path, content: bytes) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok"))
     text = content.decode("utf-8-sig")
     expected = [0, *Encoder(tokenizer, 1).encode_one(text).tolist()]
     assert 0 not in expected[1:]
@@ -183,14 +182,14 @@ def test_all_read_the_same_tokens_from_a_file(tmp_path: Path, content: bytes) ->
 
 
 def test_documents_of_rows_stay_apart(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
     (tmp_path / "rows.jsonl").write_text('{"body": "the river"}\n{"body": null}\n{"body": "of stone"}\n')
     (block,) = read_blocks(tmp_path / "rows.jsonl", tokenizer, 10**6, "body").tolist()
     assert block == [0, *encode_text(tokenizer, "the river"), 0, *encode_text(tokenizer, "of stone")]
 
 
 def test_a_continuation_keeps_the_space_of_its_first_word(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(sentencepiece(tmp_path / "m"))
     model = model_of(tokenizer)
     spaced = 0
     for seed in range(12):
@@ -201,7 +200,7 @@ def test_a_continuation_keeps_the_space_of_its_first_word(tmp_path: Path) -> Non
 
 
 def test_tokens_read_as_they_do_inside_a_text(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(sentencepiece(tmp_path / "m"))
     ids = encode_text(tokenizer, "the river of stone")
     assert "".join(token_pieces(tokenizer, ids)) == " the river of stone"
     assert token_pieces(tokenizer, [tokenizer.eos_token_id]) == ["</s>"]
@@ -213,7 +212,7 @@ def test_tokens_read_as_they_do_inside_a_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [sentencepiece, byte_level], ids=lambda kind: kind.__name__)
 def test_what_is_printed_token_by_token_is_the_text(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
-    tokenizer = load_tokenizer(kind(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(kind(tmp_path / "m"))
     text = f"{CORPUS[0]} river{CORPUS[1]} \u77f3 small"
     ids, parts = encode_text(tokenizer, text), list[str]()
     printer = TextPrinter(tokenizer, parts.append)
@@ -227,7 +226,7 @@ def test_what_is_printed_token_by_token_is_the_text(tmp_path: Path, kind: Callab
 
 
 def test_bytes_of_half_a_character_are_marked(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok"))
     ids = encode_text(tokenizer, "a\u77f3b")
     assert token_pieces(tokenizer, ids) == ["a", "\ufffd", "\ufffd", "\ufffd", "b"]
     assert decode_after(tokenizer, ids, 1) == "\u77f3b"
@@ -237,7 +236,7 @@ def test_bytes_of_half_a_character_are_marked(tmp_path: Path) -> None:
 
 
 def test_a_byte_count_has_the_space_between_the_first_two_words(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(sentencepiece(tmp_path / "m"))
     ids = encode_text(tokenizer, "the river of")
     first = len(tokenizer.decode(ids[:1]))
     assert TextSize.of(tokenizer, torch.tensor([ids])).bytes == len("the river of") - first
@@ -245,7 +244,7 @@ def test_a_byte_count_has_the_space_between_the_first_two_words(tmp_path: Path) 
 
 @pytest.mark.parametrize("answer", ["stone", " stone"])
 def test_an_answer_in_its_own_tokens_is_right(tmp_path: Path, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(sentencepiece(tmp_path / "m"))
     model, end = model_of(tokenizer), tokenizer.eos_token_id
     batches = make_batches(tokenizer, [Question(1, "the river:", answer, 1)], "rows", 64)
 
@@ -261,17 +260,17 @@ def test_an_answer_in_its_own_tokens_is_right(tmp_path: Path, answer: str, monke
 
 
 def test_the_harness_keeps_the_space_that_a_generation_begins_with(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "m"))
+    tokenizer = load_data_tokenizer(sentencepiece(tmp_path / "m"))
     lm = adapter()(model_of(tokenizer), tokenizer=tokenizer, batch_size=1)
     assert lm.tok_decode(encode_text(tokenizer, "stone house")) == " stone house"
     assert lm.tok_decode(tokenizer.eos_token_id, skip_special_tokens=False) == "</s>"
 
 
 def test_a_saved_model_keeps_the_record(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
+    tokenizer = load_data_tokenizer(byte_level(tmp_path / "tok", "<s>", "</s>"))
     record_start(tokenizer, tokenizer.eos_token_id)
     model_of(tokenizer).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    assert start_document(load_model_tokenizer(tmp_path / "m")) == [tokenizer.eos_token_id]
-    generated = generate_text(load_model(tmp_path / "m", "cpu"), load_model_tokenizer(tmp_path / "m"), "", 1)
+    assert start_document(load_tokenizer(tmp_path / "m")) == [tokenizer.eos_token_id]
+    generated = generate_text(load_model(tmp_path / "m", "cpu"), load_tokenizer(tmp_path / "m"), "", 1)
     assert generated.ids[0] == tokenizer.eos_token_id

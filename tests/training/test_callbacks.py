@@ -8,7 +8,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from tests.helpers import histograms, random_ids, tiny_model
-from thoughtbubbles.support.metrics import last_metrics, read_metrics, read_rows
+from thoughtbubbles.support.metrics import last_metrics, read_metric_rows, read_metrics
 from thoughtbubbles.training.callbacks import ThresholdCallback
 
 
@@ -75,17 +75,17 @@ def test_what_is_no_row_is_left_out_and_told(tmp_path: Path, bad: bytes) -> None
     path = tmp_path / "metrics.jsonl"
     first, second = rows[:2], rows[2:]
     path.write_bytes(b"".join(map(line, first)) + bad + b"".join(map(line, second)))
-    assert read_rows(path) == (rows, [3])
+    assert read_metric_rows(path) == (rows, [3])
     assert read_metrics(path) == rows
     path.write_bytes(b"".join(map(line, rows)) + bad)
-    assert read_rows(path) == (rows, [5])
+    assert read_metric_rows(path) == (rows, [5])
     assert last_metrics(path)["step"] in (2, 4)
     path.write_bytes(b"".join(map(line, rows)) + line(training_row(5))[:-1])
-    assert read_rows(path) == (rows, [5])
+    assert read_metric_rows(path) == (rows, [5])
     assert last_metrics(path) == rows[-1]
 
 
 def test_a_step_far_off_costs_no_other_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(line(training_row(step)) for step in (2, 4, 4096, 6, 8)))
-    assert read_rows(path) == ([training_row(step) for step in (2, 4, 6, 8, 4096)], [])
+    assert read_metric_rows(path) == ([training_row(step) for step in (2, 4, 6, 8, 4096)], [])

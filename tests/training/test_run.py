@@ -15,7 +15,7 @@ from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import DataError, PreparedData, prepare
 from thoughtbubbles.data.feed import rundata as rundata_module
-from thoughtbubbles.data.feed.mixture import Place
+from thoughtbubbles.data.feed.mixture import BlockPlace
 from thoughtbubbles.data.feed.rundata import collate_blocks, load_run_data
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
@@ -513,9 +513,9 @@ def test_samples_left_are_found_without_reading_those_before(tmp_path: Path, tin
     )
     reads: list[int] = []
 
-    def note_read(_samples: object, index: int) -> Place:
+    def note_read(_samples: object, index: int) -> BlockPlace:
         reads.append(index)
-        return Place(0, 0)
+        return BlockPlace(0, 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(data.samples), "place", note_read)

@@ -15,7 +15,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.rundata import RunData, collate_examples, load_run_data
 from thoughtbubbles.data.feed.sft import Example, Examples, Template, read_examples
-from thoughtbubbles.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from thoughtbubbles.data.tokenizer import load_data_tokenizer, save_tokenizer, train_tokenizer
 from thoughtbubbles.model.accounting import training_flops
 from thoughtbubbles.recipes.training import Recipe, RecipeError, load_recipe
 from thoughtbubbles.support.errors import InputError
@@ -287,7 +287,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path, tiny_data: PreparedData, overr
 def test_a_named_tokenizer_takes_over_what_the_model_was_trained_on(tmp_path: Path) -> None:
     """A tokenizer named again, as it came, says nothing of what preceded documents in training."""
     plain = byte_level(tmp_path / "plain", "<s>", "</s>")
-    tokenizer = load_tokenizer(plain)
+    tokenizer = load_data_tokenizer(plain)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"p": "the", "c": " river"}\n{"p": "of", "c": " stone"}\n')

@@ -71,7 +71,7 @@ def test_budgets(config: ThoughtbubblesConfig, budgets: list[Budget]) -> list[st
     return [str(each) for each in sorted(wanted)]
 
 
-def measure(
+def measure_run(
     folder: Path, data: RunData, evaluation: EvaluationSection, on_progress: Callable[[int], None] | None = None
 ) -> Measurements:
     """Measure the model of a finished run and write measurements.json.
@@ -95,14 +95,6 @@ def measure(
     )
     made.write(folder)
     return made
-
-
-def predictions(config: ThoughtbubblesConfig, data: RunData, evaluation: EvaluationSection) -> int:
-    """How many tokens `measure` predicts."""
-    blocks = len(validation_blocks(data, evaluation.blocks))
-    few = len(validation_blocks(data, evaluation.prefix_blocks))
-    positions = len(_positions(data.longest, evaluation.prefix_positions))
-    return len(test_budgets(config, evaluation.budgets)) * blocks * (data.longest - 1) + 2 * few * positions
 
 
 def validation_blocks(data: RunData, count: int) -> Tensor:

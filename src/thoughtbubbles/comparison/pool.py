@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from thoughtbubbles.comparison.measuring import Measurements, measure, measurement_settings
+from thoughtbubbles.comparison.measuring import Measurements, measure_run, measurement_settings
 from thoughtbubbles.comparison.runs import Run
 from thoughtbubbles.data.feed.rundata import load_run_data
 from thoughtbubbles.recipes.comparison import EvaluationSection
@@ -159,7 +159,7 @@ def _work(run: Run, evaluation: EvaluationSection | None) -> None:
 
 def _measure(run: Run, evaluation: EvaluationSection) -> None:
     try:
-        measure(run.folder, load_run_data(run.recipe, progress=False), evaluation)
+        measure_run(run.folder, load_run_data(run.recipe, progress=False), evaluation)
     except Exception as error:
         if is_out_of_memory(error):
             raise RunError(

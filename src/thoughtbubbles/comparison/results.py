@@ -99,7 +99,7 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairResult:
     """A question that two variants answer.
 
     Attributes:
@@ -185,7 +185,7 @@ class Report:
     variants: list[VariantResult]
     trials: list[Trial]
     prices: list[Price]
-    pairs: list[Pair]
+    pairs: list[PairResult]
     curves: dict[str, list[Point]]
     settings: dict[str, Any]
     data: dict[str, Any]
@@ -349,7 +349,7 @@ def _prices(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) -
     return prices
 
 
-def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) -> list[Pair]:
+def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) -> list[PairResult]:
     """Forks against none in training and at test time; part of the tokens against all of them."""
     titles = {row.name: row.title for row in rows}
     one = next(
@@ -359,7 +359,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
 
     def ask(ours: str, theirs: str) -> None:
         if (found_difference := difference(found, ours, theirs)) is not None:
-            pairs.append(Pair(titles[ours], titles[theirs], found_difference))
+            pairs.append(PairResult(titles[ours], titles[theirs], found_difference))
 
     for row in rows:
         if RULES[row.routing].router is not None and row.budget != "1":
@@ -367,7 +367,7 @@ def _pairs(planner: RunPlanner, rows: Sequence[VariantResult], found: Losses) ->
                 ask(row.name, one)
             to_one = row.at_budget["1"].to_own
             turned = Estimate(-to_one.mean, -to_one.high, -to_one.low, to_one.seeds, to_one.blocks)
-            pairs.append(Pair(row.title, "the same models at test budget 1", turned))
+            pairs.append(PairResult(row.title, "the same models at test budget 1", turned))
     for row in rows:
         if planner.comparison.variants[row.name].tokens < 1:
             for other in rows:

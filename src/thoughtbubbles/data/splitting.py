@@ -17,7 +17,7 @@ from thoughtbubbles.support.sampling import DIGEST_BYTES, draw
 # What is kept of a document: the digest of its text, its bytes in UTF-8, its tokens without the separator.
 DOCUMENT = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("bytes", "<i8"), ("tokens", "<i8")])
 
-Documents = npt.NDArray[np.void]
+DocumentArray = npt.NDArray[np.void]
 Digests = npt.NDArray[np.void]
 # [documents, 2]: the first and the last 8 bytes of a 16-byte key, so that numbers compare as the bytes do.
 Keys = npt.NDArray[np.uint64]

@@ -83,7 +83,7 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
+def load_data_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from a folder that AutoTokenizer reads, or else by its name on the Hugging Face hub.
 
     Args:

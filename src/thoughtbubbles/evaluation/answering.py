@@ -96,7 +96,7 @@ def _question(row: Mapping[str, Any], number: int, place: str) -> Question:
 
 
 @dataclass(frozen=True)
-class Batch:
+class QuestionBatch:
     """Questions to answer together.
 
     Attributes:
@@ -130,7 +130,7 @@ class Batch:
 
 def make_batches(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question], source: str, longest: int, batch_size: int = 64
-) -> list[Batch]:
+) -> list[QuestionBatch]:
     """Tokenise questions as `task: sft` does, and put those of about one length together.
 
     Args:
@@ -172,10 +172,10 @@ def _lots(asked: Sequence[Asked], most: int, size: int) -> Iterator[Sequence[Ask
         start = end
 
 
-def _batch(asked: Sequence[Asked], new_tokens: int, longest: int) -> Batch:
+def _batch(asked: Sequence[Asked], new_tokens: int, longest: int) -> QuestionBatch:
     questions, prompts, answers = zip(*asked, strict=True)
     room = longest - max(map(len, prompts))
-    return Batch(questions, prompts, answers, min(new_tokens, room), room < new_tokens)
+    return QuestionBatch(questions, prompts, answers, min(new_tokens, room), room < new_tokens)
 
 
 def _encode(
@@ -199,7 +199,7 @@ def _encode(
 def answer_questions(
     model: ThoughtbubblesForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    batches: Sequence[Batch],
+    batches: Sequence[QuestionBatch],
     budget: Fraction,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:

@@ -34,7 +34,7 @@ class Measure:
     values: list[float]
 
 
-def measure(task: str, lm: "HFLM", documents: Sequence[Document], progress: bool = False) -> list[Measure]:
+def measure_documents(task: str, lm: "HFLM", documents: Sequence[Document], progress: bool = False) -> list[Measure]:
     """What is measured on a benchmark beside the harness's metrics.
 
     Args:

@@ -9,7 +9,7 @@ from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.evaluation.records import EvaluationFolder, MetricRecord, TaskRecord
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.files import json_text, write_text
-from thoughtbubbles.support.statistics import compare
+from thoughtbubbles.support.statistics import compare_scores
 from thoughtbubbles.support.tables import markdown_table
 
 RESULTS_NAME = "results.json"
@@ -19,7 +19,7 @@ LEAK = "\\* leaks: with routing `topk`, one forward over a text sees later token
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """A score.
 
     Attributes:
@@ -68,14 +68,14 @@ class ComparisonRow:
     p_value: float
 
 
-def rows_of(folder: EvaluationFolder) -> list[Row]:
+def rows_of(folder: EvaluationFolder) -> list[ScoreRow]:
     """The scores of all that was evaluated."""
     return [_row(record, metric) for record in folder.records(tuple(BENCHMARKS)) for metric in record.metrics]
 
 
-def _row(record: TaskRecord, metric: MetricRecord) -> Row:
+def _row(record: TaskRecord, metric: MetricRecord) -> ScoreRow:
     scores = record.scores(metric)
-    return Row(
+    return ScoreRow(
         task=record.task,
         version=record.version,
         budget=record.budget,
@@ -131,7 +131,7 @@ def _compare(ours: TaskRecord, theirs: TaskRecord) -> list[ComparisonRow]:
         if other is None:
             continue
         one, two = ours.scores(metric), theirs.scores(other)
-        difference = compare(one, two)
+        difference = compare_scores(one, two)
         found.append(
             ComparisonRow(
                 task=ours.task,
@@ -182,7 +182,7 @@ def _agreed(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: ", ".join(dict.fromkeys(each.get(name, "") for each in facts)) for name in names}
 
 
-def table_of(rows: Sequence[Row]) -> str:
+def table_of(rows: Sequence[ScoreRow]) -> str:
     """Scores with their standard errors, a column for each budget, in Markdown."""
     budgets = sorted({row.budget for row in rows}, key=Fraction)
     cells = {(row.task, row.protocol, row.metric, row.budget): row for row in rows}
@@ -200,7 +200,7 @@ def table_of(rows: Sequence[Row]) -> str:
     return markdown_table(columns, lines, left=(0, 2, 3)) + f"\n{leak}"
 
 
-def panels_of(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+def panels_of(rows: Sequence[ScoreRow]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """For a plot of each task's headline: lines of (budget, score, standard error), of both protocols."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
@@ -211,7 +211,7 @@ def panels_of(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, floa
     return panels
 
 
-def _cell(row: Row) -> str:
+def _cell(row: ScoreRow) -> str:
     error = "" if math.isnan(row.stderr) else f" ± {number(row.stderr, like=row.value)}"
     return f"{number(row.value)}{error}{chr(92) + '*' if row.leaks else ''}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from thoughtbubbles.data.sources.hub import quiet_datasets
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark
-from thoughtbubbles.evaluation.protocols import measure
+from thoughtbubbles.evaluation.protocols import measure_documents
 from thoughtbubbles.evaluation.records import MetricRecord, TaskRecord, provenance
 from thoughtbubbles.model.budget import budget_text
 
@@ -53,7 +53,7 @@ def run_task(
     metrics = _harness_metrics(first, rows, leaks)
     metrics += [
         MetricRecord(each.protocol, each.metric, "mean", True, leaks, each.values)
-        for each in measure(benchmark.name, lm, documents, progress)
+        for each in measure_documents(benchmark.name, lm, documents, progress)
     ]
     return TaskRecord(
         task=benchmark.name,

@@ -44,7 +44,7 @@ def draw_streams(trace: BubbleTrace) -> Figure:
     return draw_bubbles(trace.tokens, trace.bubble_sizes().tolist(), trace.fork_layers, title)
 
 
-def draw_scores(trace: BubbleTrace) -> Figure:
+def draw_final_scores(trace: BubbleTrace) -> Figure:
     """The cumulative score p of each stream in the last block, by token; forks by the layer that made them."""
     table = trace.streams
     last = (table.layer == trace.num_layers - 1) & table.survives

@@ -156,7 +156,7 @@ def write_report(report: TextReport, folder: Path) -> list[Path]:
     trace = report.trace
     drawn = {
         "streams": figures.draw_streams(trace),
-        "scores": figures.draw_scores(trace),
+        "scores": figures.draw_final_scores(trace),
         "tree": figures.draw_tree(trace, report.token),
     }
     if report.ablation is not None and report.ablation.tokens:

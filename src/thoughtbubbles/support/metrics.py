@@ -16,10 +16,10 @@ NEEDED = {
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; none if it is absent. What is no row is left out."""
-    return read_rows(path)[0] if path.exists() else []
+    return read_metric_rows(path)[0] if path.exists() else []
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_metric_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows of a metrics.jsonl or tasks.jsonl by their steps, and which lines, counted from 1, are none.
 
     A row is an object of numbers. Of several of one step and kind the first is taken.

@@ -108,7 +108,7 @@ class Difference:
     p_value: float
 
 
-def compare(ours: Scores, theirs: Scores, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
+def compare_scores(ours: Scores, theirs: Scores, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
     """Paired bootstrap of two scores on the same documents in the same order: both are drawn alike.
 
     Raises:

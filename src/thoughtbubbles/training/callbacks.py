@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thoughtbubbles.model.threshold import update_thresholds
 from thoughtbubbles.support.files import write_text
-from thoughtbubbles.support.metrics import read_rows
+from thoughtbubbles.support.metrics import read_metric_rows
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -48,7 +48,7 @@ class MetricsWriter(TrainerCallback):
         """Drop the rows of steps that an interrupted run took after its last checkpoint, and what is no row."""
         if not (state.is_world_process_zero and self.path.exists()):
             return
-        rows, dropped = read_rows(self.path)
+        rows, dropped = read_metric_rows(self.path)
         kept = [row for row in rows if row["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         if dropped:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thoughtbubbles.data.feed.mixture import ROUND, BlockMixture, Place, Rounds, permuted
+from thoughtbubbles.data.feed.mixture import ROUND, BlockMixture, BlockPlace, Rounds, permuted
 
 
 class Blocks:
@@ -23,7 +23,7 @@ class Blocks:
         return [{"input_ids": torch.tensor([row])} for row in rows]
 
 
-def places(sizes: list[int], weights: list[float], length: int, seed: int = 0) -> list[Place]:
+def places(sizes: list[int], weights: list[float], length: int, seed: int = 0) -> list[BlockPlace]:
     mixture = BlockMixture([Blocks(size) for size in sizes], weights, seed, length)
     return [mixture.place(i) for i in range(length)]
 

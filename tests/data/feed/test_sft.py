@@ -15,7 +15,7 @@ from thoughtbubbles.data import DataError
 from thoughtbubbles.data import tokenizer as tokenizer_module
 from thoughtbubbles.data.feed import sft
 from thoughtbubbles.data.feed.sft import Examples, Template, read_examples
-from thoughtbubbles.data.tokenizer import END_OF_TEXT, load_tokenizer
+from thoughtbubbles.data.tokenizer import END_OF_TEXT, load_data_tokenizer
 
 PROMPT = Template("data.prompt", "Q: {question}\nA:")
 COMPLETION = Template("data.completion", " {answer}")
@@ -28,7 +28,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(tokenizer_folder)
+    return load_data_tokenizer(tokenizer_folder)
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:

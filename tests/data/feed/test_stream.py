@@ -25,9 +25,9 @@ from thoughtbubbles.data.feed.mixture import ROUND
 from thoughtbubbles.data.feed.stream import (
     LaneReader,
     Packing,
-    Record,
     Spot,
     StreamMixture,
+    StreamRecord,
     check_readable,
     merge_records,
 )
@@ -35,7 +35,7 @@ from thoughtbubbles.data.preparation.packing import TokenArray
 from thoughtbubbles.data.sources import reading
 from thoughtbubbles.data.sources.hub import HubReader, HubSource
 from thoughtbubbles.data.sources.reading import Documents, Position, Reader, Shards, open_shards
-from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer
+from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer
 from thoughtbubbles.support.errors import RunError
 
 SEPARATOR = 0
@@ -189,7 +189,7 @@ def read_shared(streams: Sequence[StreamMixture], start: int, stop: int, ahead: 
     return found
 
 
-def through_json(record: Record) -> Record:
+def through_json(record: StreamRecord) -> StreamRecord:
     return dict(json.loads(json.dumps(record)))
 
 
@@ -317,7 +317,7 @@ def documents_of(source: Shards, packing: Packing, lanes: Iterator[int] | range,
 
 
 def test_files_are_tokenised_as_when_they_are_prepared(files: tuple[str, list[str]], tokenizer_folder: Path) -> None:
-    encoder = Encoder(load_tokenizer(tokenizer_folder), 1)
+    encoder = Encoder(load_data_tokenizer(tokenizer_folder), 1)
     lanes = Packing(encoder, 0, np.dtype(np.uint16), 16, HeldOut([], 0), 0, 4, 2)
     found = documents_of(open_shards(resolve_source(files[0]), "body"), lanes, range(4), 6)
     whole: dict[int, list[int]] = {}
@@ -386,7 +386,7 @@ def test_the_number_of_threads_changes_nothing(
         ("x", "train", part): [*make_texts(8, seed=part + 1)] for part in range(3)
     }
     names = [files[0], f"hf:{hub_folder(tmp_path / 'hub', parts, 'body')}"]
-    encoder = Encoder(load_tokenizer(tokenizer_folder), 1)
+    encoder = Encoder(load_data_tokenizer(tokenizer_folder), 1)
     lanes = Packing(encoder, 0, np.dtype(np.uint16), 16, HeldOut([], 0), 0, 4, 8)
     found = []
     for threads in (1, 4):

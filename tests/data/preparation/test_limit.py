@@ -8,13 +8,13 @@ import pytest
 from tests.data.conftest import make_texts, write_folder
 from tests.data.preparation.test_prepare import documents, prepare
 from thoughtbubbles.data import SourceRecord, load_prepared
-from thoughtbubbles.data.tokenizer import load_tokenizer
+from thoughtbubbles.data.tokenizer import load_data_tokenizer
 
 
 @pytest.fixture
 def lengths(texts: list[str], tokenizer_folder: Path) -> list[int]:
     """Tokens of each text, the separator included."""
-    encoded = load_tokenizer(tokenizer_folder)(texts, add_special_tokens=False)["input_ids"]
+    encoded = load_data_tokenizer(tokenizer_folder)(texts, add_special_tokens=False)["input_ids"]
     return [len(ids) + 1 for ids in encoded]
 
 

@@ -19,8 +19,7 @@ from transformers import AutoTokenizer
 from tests.data.conftest import make_texts, write_folder
 from thoughtbubbles.data import DataError, Manifest, PreparedData, UnfinishedError, load_prepared
 from thoughtbubbles.data import prepare as prepare_with_bars
-from thoughtbubbles.data.preparation import stages as run
-from thoughtbubbles.data.preparation import survey
+from thoughtbubbles.data.preparation import stages, survey
 from thoughtbubbles.data.preparation.manifest import FORMAT_VERSION
 from thoughtbubbles.data.sources.corpora import resolve_source
 
@@ -222,7 +221,7 @@ def test_same_options_reuse_the_folder(
 ) -> None:
     first = prepare(tmp_path / "out", [corpus])
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(run, "open_documents", None)
+    monkeypatch.setattr(stages, "open_documents", None)
     assert prepare(tmp_path / "out", [corpus], num_proc=2, overwrite=True, progress=True) == first
     assert "already prepared" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before

@@ -27,8 +27,7 @@ from tests.data.conftest import hub_folder, make_texts, write_folder
 from tests.data.preparation.test_prepare import content, leftovers, prepare
 from thoughtbubbles.data import DataError, Manifest, SourceError, UnfinishedError, load_prepared
 from thoughtbubbles.data.preparation import prepare as preparation
-from thoughtbubbles.data.preparation import shards, survey
-from thoughtbubbles.data.preparation import stages as run
+from thoughtbubbles.data.preparation import shards, stages, survey
 from thoughtbubbles.data.preparation.shards import ShardStore
 from thoughtbubbles.data.preparation.tokenising import Tokeniser
 from thoughtbubbles.data.preparation.workfolder import publish
@@ -115,7 +114,7 @@ def test_shards_and_threads_change_nothing(
 def test_shard_borders_do_not_depend_on_threads(
     tmp_path: Path, sources: list[str], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_proc: int
 ) -> None:
-    monkeypatch.setattr(run, "split_documents", lambda *_, **__: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(stages, "split_documents", lambda *_, **__: (_ for _ in ()).throw(Stop))
     limit = {"limit_tokens": 1500}
     for name, threads in (("a", num_proc), ("b", 2)):
         with pytest.raises(Stop):
@@ -185,9 +184,9 @@ def test_interruptions_inside_shards_change_nothing(
     [
         (survey, "train_tokenizer"),
         (survey.Survey, "write"),
-        (run, "tokenizer_hash"),
-        (run, "pack"),
-        (run, "_save_blocks"),
+        (stages, "tokenizer_hash"),
+        (stages, "pack"),
+        (stages, "_save_blocks"),
         (preparation, "publish"),
         (Manifest, "write"),
     ],
@@ -209,7 +208,7 @@ def test_interruption_of_every_step_with_a_trained_tokenizer(
     monkeypatch.undo()
     if kept:
         # What was surveyed is not surveyed again.
-        monkeypatch.setattr(run, "survey_sources", None)
+        monkeypatch.setattr(stages, "survey_sources", None)
     prepare(tmp_path / "out", sources[:3])
     monkeypatch.undo()
     prepare(tmp_path / "expected", sources[:3])
@@ -292,7 +291,7 @@ def test_what_was_read_is_not_read_again(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.ShardWriter, "end_document", counting)
-        patch.setattr(run, "open_documents", opening)
+        patch.setattr(stages, "open_documents", opening)
         capsys.readouterr()
         prepare(tmp_path / "out", sources, **options, progress=True)
     assert len(seen) == 40 - kept

@@ -22,8 +22,8 @@ from thoughtbubbles.data.sources import formats
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubReader, parse_name
 from thoughtbubbles.data.sources.reading import open_documents, read_documents
-from thoughtbubbles.data.tokenizer import load_tokenizer
-from thoughtbubbles.model.loading import load_tokenizer as load_model_tokenizer
+from thoughtbubbles.data.tokenizer import load_data_tokenizer
+from thoughtbubbles.model.loading import load_tokenizer
 from thoughtbubbles.support.errors import InputError, RunError, is_network
 
 NOTHING = httpx.Request("GET", "https://hub")
@@ -105,7 +105,7 @@ def test_a_tokenizer_that_cannot_be_fetched(
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     with pytest.raises(kind, match="cannot be loaded by AutoTokenizer"):
-        load_tokenizer("a/b")
+        load_data_tokenizer("a/b")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_be_fetched(
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     with pytest.raises(kind, match=r"model a/b.*: We couldn't connect to the hub"):
-        load_model_tokenizer("a/b")
+        load_tokenizer("a/b")
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> None:

@@ -6,12 +6,10 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from thoughtbubbles.data.splitting import Indices
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.sampling import draw
-
-Indices = npt.NDArray[np.int64]
 
 # Samples after which the corpora's shares are exact, but for rounding.
 ROUND = 4096
@@ -19,7 +17,7 @@ ROUNDS_OF_CIPHER = 6
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockPlace:
     """Where a sample comes from: a corpus, by its place in the list, and a block of it."""
 
     corpus: int
@@ -119,7 +117,7 @@ class BlockMixture:
                     found[number] = row
         return found
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> BlockPlace:
         """Where sample `index` comes from.
 
         Raises:
@@ -130,7 +128,7 @@ class BlockMixture:
         corpus, turn = self._rounds.turn(index)
         size = len(self._corpora[corpus])
         epoch, turn = divmod(turn, size)
-        return Place(corpus, permuted(turn, size, mixture_key(self._seed, f"{corpus}/{epoch}")))
+        return BlockPlace(corpus, permuted(turn, size, mixture_key(self._seed, f"{corpus}/{epoch}")))
 
 
 def permuted(index: int, size: int, key: int) -> int:

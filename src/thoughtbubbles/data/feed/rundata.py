@@ -22,9 +22,8 @@ from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
 from thoughtbubbles.data.sources.corpora import check_different, resolve_source
 from thoughtbubbles.data.sources.identity import content_facts
 from thoughtbubbles.data.sources.reading import open_shards
-from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, vocabulary_size
-from thoughtbubbles.model.loading import load_tokenizer as load_model_tokenizer
-from thoughtbubbles.model.loading import recorded_start_of
+from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer, vocabulary_size
+from thoughtbubbles.model.loading import load_tokenizer, recorded_start_of
 from thoughtbubbles.model.loss import IGNORE_INDEX
 from thoughtbubbles.recipes.training import (
     DataSection,
@@ -323,7 +322,7 @@ def _fine_tuning_tokenizer(recipe: Recipe, section: FineTuningSection) -> "PreTr
     """The tokenizer that the recipe names, or that of the model to start from."""
     pretrained = recipe.model.get("pretrained")
     if section.tokenizer is not None:
-        named = load_tokenizer(section.tokenizer)
+        named = load_data_tokenizer(section.tokenizer)
         if pretrained is not None and (start := recorded_start_of(pretrained, named)) is not None:
             record_start(named, start)
         return named
@@ -332,7 +331,7 @@ def _fine_tuning_tokenizer(recipe: Recipe, section: FineTuningSection) -> "PreTr
             "data.tokenizer is missing: expected a tokenizer's folder or hub name, or model.pretrained, whose own is "
             "taken"
         )
-    tokenizer = load_model_tokenizer(pretrained)
+    tokenizer = load_tokenizer(pretrained)
     if tokenizer.eos_token_id is None:
         raise DataError(f"model {pretrained}: expected a tokenizer with an eos token beside it")
     return tokenizer

@@ -38,7 +38,7 @@ EXAMPLE = np.dtype(
 )
 PLACES = ("row", "start", "border", "end")
 
-Table = npt.NDArray[np.void]
+ExampleArray = npt.NDArray[np.void]
 
 
 class Template:
@@ -119,7 +119,7 @@ class Examples:
 
     source: str
     tokens: TokenArray
-    table: Table
+    table: ExampleArray
     too_long: int = 0
 
     def __len__(self) -> int:
@@ -301,7 +301,7 @@ class _Builder:
                 f"at least {self._shortest}, the tokens of the shortest"
             )
         places = np.frombuffer(self._places, dtype=np.int64).reshape(-1, len(PLACES))
-        table: Table = np.empty(len(places), dtype=EXAMPLE)
+        table: ExampleArray = np.empty(len(places), dtype=EXAMPLE)
         for column, name in enumerate(PLACES):
             table[name] = places[:, column]
         table["digest"] = np.frombuffer(digests, dtype=EXAMPLE["digest"])[table["row"] - 1]

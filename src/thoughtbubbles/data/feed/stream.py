@@ -29,7 +29,7 @@ MOST_THREADS = 4
 EMPTY_EPOCHS = 32
 
 # What is kept of a stream in a checkpoint, as JSON can hold it.
-Record = dict[str, Any]
+StreamRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class StreamMixture:
         source, lane, block = self.place(index)
         return f"{self._sources[source].name}, lane {lane}, block {block}"
 
-    def record(self, samples: int) -> Record:
+    def record(self, samples: int) -> StreamRecord:
         """Where to go on after so many samples, as far as this process knows: of the lanes that it has read."""
         tracks = []
         for (source, lane), track in self._tracks.items():
@@ -291,7 +291,7 @@ class StreamMixture:
                 tracks.append({"source": source, "lane": lane, "window": window, "spot": asdict(spot)})
         return {"commits": [source.commit for source in self._sources], "tracks": tracks}
 
-    def go_on(self, record: Record) -> None:
+    def go_on(self, record: StreamRecord) -> None:
         """Go on where a record says, the one of all processes.
 
         Raises:
@@ -326,7 +326,7 @@ class StreamMixture:
         return self._tracks[source, lane]
 
 
-def merge_records(records: Sequence[Record]) -> Record:
+def merge_records(records: Sequence[StreamRecord]) -> StreamRecord:
     """The record of all processes from those that each made after the same samples."""
     tracks = {(track["source"], track["lane"]): track for record in records for track in record["tracks"]}
     return {"commits": records[0]["commits"], "tracks": [tracks[key] for key in sorted(tracks)]}

@@ -12,7 +12,7 @@ from thoughtbubbles.data.preparation.manifest import FORMAT_VERSION
 from thoughtbubbles.data.preparation.packing import token_type
 from thoughtbubbles.data.sources.corpora import FileSource, Source, check_different, resolve_source
 from thoughtbubbles.data.sources.identity import stat_facts
-from thoughtbubbles.data.tokenizer import check_vocab_size, load_tokenizer, vocabulary_size
+from thoughtbubbles.data.tokenizer import check_vocab_size, load_data_tokenizer, vocabulary_size
 from thoughtbubbles.recipes.options import Preparation, SourceName
 from thoughtbubbles.recipes.values import check_seed
 from thoughtbubbles.support.errors import DataError
@@ -100,7 +100,7 @@ def make_job(options: Preparation) -> Job:
                 f"source {source.name!r} is streamed and would be read twice to train a tokenizer: "
                 "expected --tokenizer, or streaming=false"
             )
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    tokenizer = None if options.tokenizer is None else load_data_tokenizer(options.tokenizer)
     if tokenizer is not None:
         token_type(vocabulary_size(tokenizer))
     return Job(options, sources, validation, tokenizer)

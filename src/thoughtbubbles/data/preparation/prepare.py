@@ -9,7 +9,7 @@ from typing import Any
 from thoughtbubbles.data.preparation.job import Job, make_job
 from thoughtbubbles.data.preparation.manifest import MANIFEST_NAME, Manifest
 from thoughtbubbles.data.preparation.prepared import SPLITS, check_complete
-from thoughtbubbles.data.preparation.stages import Run
+from thoughtbubbles.data.preparation.stages import Stages
 from thoughtbubbles.data.preparation.verification import verify
 from thoughtbubbles.data.preparation.workfolder import discard_work, locked_work, publish, resumable
 from thoughtbubbles.recipes.options import PYTHON_STDLIB, Preparation, SourceName
@@ -79,7 +79,7 @@ def _carry_out(job: Job, folder: Path, threads: int, overwrite: bool, progress: 
         if (ready := _already_prepared(folder, fingerprint, overwrite, progress)) is not None:
             return ready
         with resumable(work, folder, job.work_fingerprint(), progress):
-            manifest = Run(job, fingerprint, work, threads, progress).manifest()
+            manifest = Stages(job, fingerprint, work, threads, progress).manifest()
             publish(work, folder)
     return manifest
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from thoughtbubbles.data.preparation.manifest import Manifest, SplitRecord
 from thoughtbubbles.data.preparation.verification import verify as verify_folder
-from thoughtbubbles.data.tokenizer import load_tokenizer, tokenizer_hash
+from thoughtbubbles.data.tokenizer import load_data_tokenizer, tokenizer_hash
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
 
@@ -35,7 +35,7 @@ class PreparedData:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer that made the blocks."""
-        return load_tokenizer(self.path / "tokenizer")
+        return load_data_tokenizer(self.path / "tokenizer")
 
 
 def load_prepared(path: str | Path, verify: bool = False, progress: bool = False) -> PreparedData:

@@ -15,7 +15,7 @@ import numpy as np
 
 from thoughtbubbles.data.preparation.packing import TokenArray, read_array
 from thoughtbubbles.data.sources.reading import Position
-from thoughtbubbles.data.splitting import DOCUMENT, Documents
+from thoughtbubbles.data.splitting import DOCUMENT, DocumentArray
 from thoughtbubbles.support.files import replacing, write_text
 
 # A shard ends with the document that reaches this: a quarter of a minute of work on one core.
@@ -59,7 +59,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePlace:
     """Where to go on: a source, by its number, and a position in it; None is its start."""
 
     source: int = 0
@@ -76,7 +76,7 @@ class ShardRecord:
     """
 
     readings: dict[int, Reading]
-    next: Place
+    next: SourcePlace
 
     def to_json(self) -> str:
         """JSON that `from_json` reads."""
@@ -90,7 +90,7 @@ class ShardRecord:
             int(source): Reading(**{**reading, "named": tuple(reading["named"])})
             for source, reading in values["readings"].items()
         }
-        return cls(readings, Place(**values["next"]))
+        return cls(readings, SourcePlace(**values["next"]))
 
 
 class ShardWriter:
@@ -128,7 +128,7 @@ class ShardWriter:
         """Close the file of tokens."""
         self._tokens.close()
 
-    def finish(self, following: Place) -> None:
+    def finish(self, following: SourcePlace) -> None:
         """Write the record."""
         self.close()
         np.save(self._folder / "documents.npy", np.array(self._documents, dtype=DOCUMENT))
@@ -152,9 +152,9 @@ class ShardStore:
             self._records.append(record)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SourcePlace:
         """Where to go on."""
-        return self._records[-1].next if self._records else Place()
+        return self._records[-1].next if self._records else SourcePlace()
 
     def readings(self, sources: int) -> list[Reading]:
         """What was read of each of so many sources."""
@@ -179,7 +179,7 @@ class ShardStore:
             raise RuntimeError(f"shard {self._path(number)} was not finished")
         self._records.append(record)
 
-    def documents(self) -> Documents:
+    def documents(self) -> DocumentArray:
         """The documents of all shards."""
         return np.concatenate([np.load(self._path(number) / "documents.npy") for number in range(len(self._records))])
 

@@ -31,8 +31,8 @@ from thoughtbubbles.data.preparation.workfolder import RESULT, SHARDS, SURVEY, f
 from thoughtbubbles.data.sources.corpora import FileSource, Source
 from thoughtbubbles.data.sources.hub import HubSource, newest_commit, quiet_datasets
 from thoughtbubbles.data.sources.reading import Reader, open_documents
-from thoughtbubbles.data.splitting import Digests, Documents, Indices, Split, split_documents
-from thoughtbubbles.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
+from thoughtbubbles.data.splitting import Digests, DocumentArray, Indices, Split, split_documents
+from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer, save_tokenizer, tokenizer_hash, vocabulary_size
 from thoughtbubbles.recipes.options import PYTHON_STDLIB
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.progress import say, stage
@@ -47,7 +47,7 @@ TRAINED = "trained"
 
 
 @dataclass(frozen=True)
-class Run:
+class Stages:
     """A job at work in its folder, where every step that is done is found and not done again.
 
     Attributes:
@@ -154,7 +154,7 @@ class Run:
 
     def _save_tokenizer(self, folder: Path) -> "PreTrainedTokenizerFast":
         given = self.job.tokenizer
-        tokenizer = load_tokenizer(self.work / TRAINED / "tokenizer") if given is None else given
+        tokenizer = load_data_tokenizer(self.work / TRAINED / "tokenizer") if given is None else given
         record_start(tokenizer, document_separator(tokenizer))
         save_tokenizer(tokenizer, folder)
         return tokenizer
@@ -220,7 +220,7 @@ class Run:
         )
 
     def _pack_split(
-        self, name: str, order: Indices, store: ShardStore, documents: Documents, separator: int
+        self, name: str, order: Indices, store: ShardStore, documents: DocumentArray, separator: int
     ) -> SplitRecord:
         path = self.work / f"{name}.tokens"
         block_size = self.job.options.block_size

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from thoughtbubbles.data.preparation import shards
-from thoughtbubbles.data.preparation.shards import Place, Reading, ShardStore, ShardWriter
+from thoughtbubbles.data.preparation.shards import Reading, ShardStore, ShardWriter, SourcePlace
 from thoughtbubbles.data.preparation.survey import Survey, changed, check_not_empty
 from thoughtbubbles.data.sources.corpora import Source
 from thoughtbubbles.data.sources.reading import Position, Reader
@@ -93,7 +93,7 @@ class Tokeniser:
                     yield number, text
             self._waiting.append(_Read(number, skipped))
 
-    def _fill(self, shard: ShardWriter, pieces: Iterator[EncodedPiece], bar: Stage) -> Place:
+    def _fill(self, shard: ShardWriter, pieces: Iterator[EncodedPiece], bar: Stage) -> SourcePlace:
         for piece in pieces:
             self._end_sources(shard)
             read = self._waiting[0]
@@ -111,9 +111,9 @@ class Tokeniser:
             if shard.bytes >= shards.SHARD_BYTES:
                 return following
         self._end_sources(shard)
-        return Place(len(self._sources))
+        return SourcePlace(len(self._sources))
 
-    def _end_document(self, shard: ShardWriter, read: _Read) -> Place:
+    def _end_document(self, shard: ShardWriter, read: _Read) -> SourcePlace:
         assert read.digest is not None
         total = self._totals[read.source]
         if self._survey and not self._survey.holds(read.source, total.documents, read.digest):
@@ -122,10 +122,10 @@ class Tokeniser:
         self._totals[read.source] = total = total + reading
         limit = self._limits[read.source]
         if limit is None or total.tokens < limit:
-            return Place(read.source, read.position)
+            return SourcePlace(read.source, read.position)
         self._count(shard, read.source, Reading(limited=True))
         self._left.add(read.source)
-        return Place(read.source + 1)
+        return SourcePlace(read.source + 1)
 
     def _end_sources(self, shard: ShardWriter) -> None:
         """Come to the end of the sources whose last document is stored."""

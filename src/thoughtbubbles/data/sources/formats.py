@@ -37,7 +37,7 @@ PARQUET_BUFFER_BYTES = 1 << 20
 
 Row = dict[str, Any]
 # A row and the words for where it stands.
-Rows = Iterator[tuple[str, Row]]
+PlacedRows = Iterator[tuple[str, Row]]
 
 
 def file_kind(file: Path) -> str | None:
@@ -76,7 +76,7 @@ def read_text_file(path: Path) -> str:
         return file.read().decode("utf-8-sig")
 
 
-def file_rows(path: Path, start: int, field: str | None) -> Rows:
+def file_rows(path: Path, start: int, field: str | None) -> PlacedRows:
     """The rows of a file from number `start` on, each with its place; of one field where the format allows.
 
     Raises:
@@ -152,7 +152,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is not a readable {path.suffix.removeprefix('.')} file: {one_line(error)}")
 
 
-def _parquet_rows(path: Path, start: int, field: str | None) -> Rows:
+def _parquet_rows(path: Path, start: int, field: str | None) -> PlacedRows:
     import pyarrow.parquet
 
     # Without the buffer the whole column of a row group is read at once.
@@ -211,14 +211,14 @@ def check_names(place: str, names: Sequence[str]) -> None:
             raise DataError(f"{place} has {names.count(name)} fields {name!r}: expected one of each name")
 
 
-def _jsonl_rows(path: Path, file: Iterable[bytes], start: int, field: str | None) -> Rows:
+def _jsonl_rows(path: Path, file: Iterable[bytes], start: int, field: str | None) -> PlacedRows:
     lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     for number, line in islice(lines, start, None):
         place = f"{path}, line {number}"
         yield place, _object(_parse(line, place), place, field)
 
 
-def _json_rows(path: Path, file: IO[bytes], start: int, field: str | None) -> Rows:
+def _json_rows(path: Path, file: IO[bytes], start: int, field: str | None) -> PlacedRows:
     """The objects of a list, or one object; or of lines, which many tools name .json too."""
     first = file.readline()
     if _is_object(first.strip()):
@@ -253,7 +253,7 @@ def _object(value: Any, place: str, field: str | None) -> Row:
     return value
 
 
-def _csv_rows(path: Path, file: IO[bytes], start: int, field: str | None) -> Rows:
+def _csv_rows(path: Path, file: IO[bytes], start: int, field: str | None) -> PlacedRows:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if _suffixes(path)[0] == ".tsv" else ","
     # Line ends inside quotes are text: they stay as they are.
@@ -271,7 +271,7 @@ def _csv_rows(path: Path, file: IO[bytes], start: int, field: str | None) -> Row
             raise DataError(f"{path}, line {rows.line_num + 1} is not CSV in UTF-8: {error}") from error
 
 
-READERS: Mapping[str, Callable[[Path, IO[bytes], int, str | None], Rows]] = {
+READERS: Mapping[str, Callable[[Path, IO[bytes], int, str | None], PlacedRows]] = {
     JSONL: _jsonl_rows,
     JSON: _json_rows,
     CSV: _csv_rows,
