@@ -12,7 +12,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo      train a small dense and a small Thoughtbubbles model and compare them (minutes on a CPU)"
-	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results.md (two hours on two CPU cores)"
+	@echo "make compare-books BOOKS=FOLDER  train and compare the variants of docs/results/books.md (two hours on two CPU cores)"
 	@echo "make evaluate-books BOOKS=FOLDER EVALS=FOLDER  train three models longer, evaluate, fine-tune two (five hours)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the long grids"

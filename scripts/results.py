@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md, and the main one of README.md, from the JSON in docs/results.
+"""Write the tables of the pages in docs/results, and the main one of README.md, from the JSON there.
 
 Each table stands between <!-- NAME --> and <!-- /NAME -->; everything else in the pages is left as it is.
 """
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.evaluation.report import ComparisonRow, Row, comparison_table, table_of
+from thoughtbubbles.evaluation.report import ComparisonRow, ScoreRow, comparison_table, table_of
 from thoughtbubbles.support.tables import Table, markdown_table
 
-PAGE = Path("docs/results.md")
 README = Path("README.md")
 DATA = Path("docs/results")
 MAIN = "compare-books"
@@ -22,30 +21,33 @@ MAIN_COLUMNS = ("training tokens", "seeds", "training FLOPs", "perplexity", "at 
 
 def main() -> None:
     """Fill every marked place whose JSON there is."""
-    text = PAGE.read_text(encoding="utf-8")
-    for path in sorted(DATA.glob("decoding-*.json")):
-        text = fill(text, path.stem, decoding_table(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("training-*.json")):
-        text = fill(text, path.stem, training_table(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("routing-*.json")):
-        text = fill(text, path.stem, routing_tables(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("compare-*.json")):
-        text = fill(text, path.stem, comparison_tables(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("evaluation-*.json")):
-        text = fill(text, path.stem, evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(DATA.glob("*/training.json")):
-        text = fill(text, path.parent.name, device_tables(path.parent))
-    PAGE.write_text(text, encoding="utf-8")
-    main_table = comparison_extract(json.loads((DATA / f"{MAIN}.json").read_text(encoding="utf-8")), MAIN_COLUMNS)
-    README.write_text(fill(README.read_text(encoding="utf-8"), MAIN, main_table), encoding="utf-8")
+    makers = {
+        "decoding": decoding_table,
+        "training": training_table,
+        "routing": routing_tables,
+        "compare": comparison_tables,
+        "evaluation": evaluation_table,
+    }
+    tables = {path.stem: make(read(path)) for kind, make in makers.items() for path in DATA.glob(f"{kind}-*.json")}
+    tables |= {path.parent.name: device_tables(path.parent) for path in DATA.glob("*/training.json")}
+    for name, table in tables.items():
+        fill(sorted(DATA.glob("*.md")), name, table)
+    fill([README], MAIN, comparison_extract(read(DATA / f"{MAIN}.json"), MAIN_COLUMNS))
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """`text` with `table` between the marks of `name`."""
+def read(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def fill(pages: Sequence[Path], name: str, table: str) -> None:
+    """Put `table` between the marks of `name`, in whichever of the pages has them."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"expected the marks <!-- {name} --> and <!-- /{name} --> in {PAGE} or {README}")
-    return pattern.sub(lambda match: f"{match[1]}{table}{match[2]}", text)
+    marked = {page: text for page in pages if pattern.search(text := page.read_text(encoding="utf-8"))}
+    if not marked:
+        raise SystemExit(f"expected the marks <!-- {name} --> and <!-- /{name} --> in {', '.join(map(str, pages))}")
+    for page, text in marked.items():
+        page.write_text(pattern.sub(lambda match: f"{match[1]}{table}{match[2]}", text), encoding="utf-8")
 
 
 def decoding_table(result: dict[str, Any]) -> str:
@@ -139,9 +141,7 @@ def routing_tables(result: dict[str, Any]) -> str:
 
 def device_tables(folder: Path) -> str:
     """What the parts `correct` and `training` of scripts/gpu.py found on a device."""
-    training, correct, facts = (
-        json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in ("training", "correct", "facts")
-    )
+    training, correct, facts = (read(folder / f"{part}.json") for part in ("training", "correct", "facts"))
     items, peak = training["items"], facts["items"]["matmul"]["bfloat16"]
     columns = ["step", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of the measured peak", "causal half", "GB"]
     rows = [
@@ -216,7 +216,7 @@ def comparison_extract(result: dict[str, Any], columns: Sequence[str]) -> str:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """The table of a results.json of `thoughtbubbles evaluate`."""
-    rows = [Row(**{**row, "stderr": math.nan if row["stderr"] is None else row["stderr"]}) for row in result["results"]]
+    rows = [ScoreRow(**{**row, "stderr": math.nan if row["stderr"] is None else row["stderr"]}) for row in result["results"]]
     made = result["made_with"]
     facts = (
         f"Routing {result['routing']}, trained at budget {result['own_budget']}; {result['documents']}. Commit "
