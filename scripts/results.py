@@ -216,7 +216,9 @@ def comparison_extract(result: dict[str, Any], columns: Sequence[str]) -> str:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """The table of a results.json of `thoughtbubbles evaluate`."""
-    rows = [ScoreRow(**{**row, "stderr": math.nan if row["stderr"] is None else row["stderr"]}) for row in result["results"]]
+    rows = [
+        ScoreRow(**{**row, "stderr": math.nan if row["stderr"] is None else row["stderr"]}) for row in result["results"]
+    ]
     made = result["made_with"]
     facts = (
         f"Routing {result['routing']}, trained at budget {result['own_budget']}; {result['documents']}. Commit "

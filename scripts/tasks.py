@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from thoughtbubbles.data.procedural import TASKS, make_task
-from thoughtbubbles.data.procedural.making import FACTS_NAME
+from thoughtbubbles.data.procedural.making import FACTS_NAME, make_task
+from thoughtbubbles.data.procedural.tasks import TASKS
 from thoughtbubbles.evaluation.answering import read_questions
 from thoughtbubbles.evaluation.exact_match import ANSWERS_NAME, measure_exact_match
 from thoughtbubbles.recipes.training import load_recipe

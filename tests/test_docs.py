@@ -1,5 +1,6 @@
-"""What code and pages say of each other: sections that are named exist."""
+"""What code and pages say of each other: sections, public names and links exist."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 WRITTEN = ("src", "tests", "docs", "scripts", "benchmarks", "recipes")
 TEXT = {".py", ".md", ".yaml", ".css"}
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def texts() -> Iterator[tuple[Path, str]]:
@@ -47,3 +50,57 @@ def test_sections_of_the_method_that_are_named_exist() -> None:
 )
 def test_names_of_sections_are_found(text: str, names: list[str]) -> None:
     assert sections_named(text) == names
+
+
+def public_names() -> dict[str, list[str]]:
+    """The names of each module that docs/api.md says are public."""
+    table = API.partition("## Public names")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `")]
+    return {module.strip(" `"): re.findall(r"`(\w+)`", names) for module, names in rows}
+
+
+def declared_names() -> dict[str, list[str]]:
+    """`__all__` of each module that has one."""
+    found = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                parts = path.relative_to(ROOT / "src").with_suffix("").parts
+                found[".".join(parts).removesuffix(".__init__")] = ast.literal_eval(node.value)
+    return found
+
+
+def test_public_names_are_those_of_the_modules() -> None:
+    assert len(public_names()) > 10
+    assert public_names() == declared_names()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_import_public_names_alone(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "thoughtbubbles":
+                assert {alias.name for alias in node.names} <= set(public_names()[node.module or ""])
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_document_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(([\w.]+)\)", index))
+    assert named >= {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert "](docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

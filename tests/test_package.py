@@ -1,5 +1,6 @@
 """The package from outside: imports, Auto classes, the command's help."""
 
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import thoughtbubbles
+from tests.test_docs import public_names
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -112,8 +114,9 @@ def test_auto_classes_know_the_model_after_the_import(order: str) -> None:
 
 
 def test_public_names() -> None:
-    for name in thoughtbubbles.__all__:
-        assert getattr(thoughtbubbles, name) is not None
+    for module, names in public_names().items():
+        for name in names:
+            assert getattr(importlib.import_module(module), name) is not None
     assert thoughtbubbles.__version__ == importlib.metadata.version("thoughtbubbles")
     with pytest.raises(AttributeError, match="no attribute 'Bubbles'"):
         _ = thoughtbubbles.Bubbles

@@ -21,13 +21,14 @@ from tests.model.test_conversion import released_state_dict
 from tests.run_fixtures import sentences
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
-from thoughtbubbles.data import load_preparation
-from thoughtbubbles.data.procedural import TASKS, word_tokenizer
+from thoughtbubbles.data.procedural.tasks import TASKS
+from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.evaluation.benchmarks import BENCHMARKS
 from thoughtbubbles.model import accounting
 from thoughtbubbles.model.configuration import PRESETS
 from thoughtbubbles.recipes.comparison import load_comparison
+from thoughtbubbles.recipes.preparation import load_preparation
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.metrics import read_metrics
 

@@ -10,16 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from thoughtbubbles.data import DataError
-from thoughtbubbles.data.procedural import (
-    TASKS,
-    ProceduralExample,
-    ProceduralTask,
-    draw_examples,
-    make_task,
-    split_of,
-    word_tokenizer,
-)
+from thoughtbubbles.data.procedural.examples import ProceduralExample, ProceduralTask, draw_examples, split_of
 from thoughtbubbles.data.procedural.kinship import RELATIONS
+from thoughtbubbles.data.procedural.making import make_task
+from thoughtbubbles.data.procedural.tasks import TASKS
+from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 
 NAMES = list(TASKS)
 

@@ -21,7 +21,8 @@ from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
 from thoughtbubbles.data.feed.rundata import collate_examples
 from thoughtbubbles.data.feed.sft import Example
-from thoughtbubbles.data.procedural import TASKS, word_tokenizer
+from thoughtbubbles.data.procedural.tasks import TASKS
+from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 from thoughtbubbles.data.tokenizer import save_tokenizer
 from thoughtbubbles.evaluation.answering import Question, QuestionBatch, answer_questions, make_batches, read_questions
 from thoughtbubbles.evaluation.exact_match import measure_exact_match

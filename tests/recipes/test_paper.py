@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from thoughtbubbles import ThoughtbubblesConfig
-from thoughtbubbles.data import load_preparation, resolve_source
+from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.model.accounting import count_parameters, dense_twin
 from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.comparison import Comparison, load_comparison, variant_sections
+from thoughtbubbles.recipes.preparation import load_preparation
 from thoughtbubbles.recipes.training import (
     DataSection,
     FineTuningSection,

@@ -5,7 +5,8 @@ from typer.testing import CliRunner
 
 from tests.data.conftest import hub_folder, write_folder
 from thoughtbubbles.cli import app
-from thoughtbubbles.data import DataError, Manifest, Preparation, load_preparation, prepare, resolve_source
+from thoughtbubbles.data import DataError, Manifest, Preparation, load_preparation, prepare
+from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubSource
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "data").glob("*.yaml"))

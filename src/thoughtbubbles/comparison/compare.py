@@ -14,6 +14,8 @@ from thoughtbubbles.support.files import LOCK_NAME, claimed
 from thoughtbubbles.training.folder import RECIPE_NAME, SUMMARY_NAME, check_same_run
 from thoughtbubbles.training.run import RunSummary
 
+__all__ = ["carry_out"]
+
 
 @dataclass(frozen=True)
 class Tuned:

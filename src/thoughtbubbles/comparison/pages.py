@@ -13,6 +13,8 @@ from thoughtbubbles.comparison.tables import tables
 from thoughtbubbles.support.errors import RunError, one_line
 from thoughtbubbles.support.files import json_text, write_text
 
+__all__ = ["write_report"]
+
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }

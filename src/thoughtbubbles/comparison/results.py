@@ -21,6 +21,8 @@ from thoughtbubbles.support.statistics import Estimate, estimate, paired_differe
 from thoughtbubbles.training.folder import METRICS_NAME, read_facts
 from thoughtbubbles.training.run import RunSummary
 
+__all__ = ["build_report"]
+
 
 @dataclass(frozen=True)
 class AtBudget:

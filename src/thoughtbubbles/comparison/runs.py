@@ -19,6 +19,8 @@ from thoughtbubbles.training.memory import check_weights
 from thoughtbubbles.training.meter import Meter
 from thoughtbubbles.training.run import build_config
 
+__all__ = ["RunPlanner"]
+
 
 @dataclass(frozen=True)
 class Run:

@@ -1,16 +1,13 @@
 """Text to training blocks: corpora, tokenizers, packing.
 
 `prepare` reads documents, tokenises them and writes fixed-size blocks of token ids to a folder; `load_prepared`
-opens such a folder for training and evaluation; `read_rows` gives the rows of a source, which `resolve_source` finds
-by its name. Importing this package is cheap: the heavy libraries are
-imported when a function needs them.
+opens such a folder for training and evaluation. Importing this package is cheap: the heavy libraries are imported when
+a function needs them.
 """
 
-from thoughtbubbles.data.preparation.manifest import Manifest, SourceRecord, SplitRecord, TokenizerRecord
+from thoughtbubbles.data.preparation.manifest import Manifest
 from thoughtbubbles.data.preparation.prepare import prepare
 from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
-from thoughtbubbles.data.sources.corpora import resolve_source
-from thoughtbubbles.data.sources.reading import read_rows
 from thoughtbubbles.recipes.options import Preparation
 from thoughtbubbles.recipes.preparation import load_preparation
 from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
@@ -21,13 +18,8 @@ __all__ = [
     "Preparation",
     "PreparedData",
     "SourceError",
-    "SourceRecord",
-    "SplitRecord",
-    "TokenizerRecord",
     "UnfinishedError",
     "load_preparation",
     "load_prepared",
     "prepare",
-    "read_rows",
-    "resolve_source",
 ]

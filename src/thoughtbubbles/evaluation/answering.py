@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from thoughtbubbles.data import read_rows, resolve_source
+from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import missing_field
+from thoughtbubbles.data.sources.reading import read_rows
 from thoughtbubbles.data.tokenizer import Encoder
 from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.model.budget import budget_text

@@ -22,6 +22,8 @@ from thoughtbubbles.support.text import decode_after, start_document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+__all__ = ["TextSize", "evaluate_perplexity", "token_losses"]
+
 MODES = ("blockwise", "prefix")
 BUDGET_RULES = ("proportional", "fixed")
 # Perplexities beyond are not numbers in double precision.

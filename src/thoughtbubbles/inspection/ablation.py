@@ -22,6 +22,8 @@ from thoughtbubbles.model.gate import ForkGate, pack_left
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.streams import Streams
 
+__all__ = ["ablate"]
+
 
 @dataclass(frozen=True)
 class Ablation:

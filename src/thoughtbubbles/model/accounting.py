@@ -12,6 +12,20 @@ from .budget import Budget
 from .configuration import ThoughtbubblesConfig
 from .loss import ROWS
 
+__all__ = [
+    "activation_bytes",
+    "cache_bytes",
+    "count_parameters",
+    "decoding_flops",
+    "dense_twin",
+    "forward_flops",
+    "layer_widths",
+    "parameter_counts",
+    "state_bytes",
+    "tokens_at_equal_flops",
+    "training_flops",
+]
+
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes a number, by the name of the type."""
 # Log scores and all other state between layers, the masters of the weights, the loss (method: State, Gate).

@@ -18,6 +18,8 @@ from transformers import Cache
 from .configuration import ThoughtbubblesConfig
 from .memory import RouteMemory, RowBuffer, RowMemory
 
+__all__ = ["StreamCache"]
+
 # All but what says nothing about the tokens so far; of budgets a call has its own.
 _SETTINGS = sorted(
     set(ThoughtbubblesConfig.__annotations__)

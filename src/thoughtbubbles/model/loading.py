@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from thoughtbubbles.model.configuration import ThoughtbubblesConfig
     from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
+__all__ = ["load_config", "load_model", "load_tokenizer"]
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

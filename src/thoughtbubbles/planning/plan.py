@@ -31,6 +31,8 @@ from thoughtbubbles.recipes.training import SHARDINGS
 from thoughtbubbles.support.errors import InputError, shown
 from thoughtbubbles.training.memory import USABLE_MEMORY, largest_micro_batch, process_bytes
 
+__all__ = ["make_plan"]
+
 DEFAULT_MFU = 0.4
 # No batch or cluster has more, and no run or device comes near.
 MOST_ROWS = 2**20

@@ -33,6 +33,8 @@ from thoughtbubbles.recipes.values import (
 from thoughtbubbles.recipes.variants import SHIPPED, Tokens, Variant, parse_variants
 from thoughtbubbles.support.errors import shown
 
+__all__ = ["load_comparison", "parse_comparison"]
+
 BASE = ("model", "data", "training")
 
 

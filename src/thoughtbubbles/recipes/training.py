@@ -39,6 +39,8 @@ from thoughtbubbles.support.errors import InputError, shown
 if TYPE_CHECKING:
     from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 
+__all__ = ["RecipeError", "load_recipe", "parse_recipe"]
+
 TASKS = ("pretrain", "sft")
 Precision = Literal["auto", "float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]

@@ -16,6 +16,8 @@ from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.metrics import read_metric_rows
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
 
+__all__ = ["ThresholdCallback"]
+
 SECONDS_BETWEEN_LINES = 10.0
 MOST_SHOWN = 10
 

@@ -42,6 +42,8 @@ from thoughtbubbles.training.precision import choose_precision, device_type, has
 from thoughtbubbles.training.pretrained import gate_changes, start_from
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
 
+__all__ = ["train"]
+
 
 @dataclass(frozen=True)
 class RunSummary:

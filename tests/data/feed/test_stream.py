@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import hub_folder, make_texts
-from thoughtbubbles.data import DataError, SourceError, UnfinishedError, load_prepared, prepare, resolve_source
+from thoughtbubbles.data import DataError, SourceError, UnfinishedError, load_prepared, prepare
 from thoughtbubbles.data.feed import stream as stream_module
 from thoughtbubbles.data.feed.heldout import HeldOut
 from thoughtbubbles.data.feed.mixture import ROUND
@@ -33,6 +33,7 @@ from thoughtbubbles.data.feed.stream import (
 )
 from thoughtbubbles.data.preparation.packing import TokenArray
 from thoughtbubbles.data.sources import reading
+from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubReader, HubSource
 from thoughtbubbles.data.sources.reading import Documents, Position, Reader, Shards, open_shards
 from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer

@@ -7,7 +7,8 @@ import pytest
 
 from tests.data.conftest import make_texts, write_folder
 from tests.data.preparation.test_prepare import documents, prepare
-from thoughtbubbles.data import SourceRecord, load_prepared
+from thoughtbubbles.data import load_prepared
+from thoughtbubbles.data.preparation.manifest import SourceRecord
 from thoughtbubbles.data.tokenizer import load_data_tokenizer
 
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from tests.data.conftest import write_folder
 from tests.data.sources.test_reading import read
 from thoughtbubbles.cli import app
-from thoughtbubbles.data import DataError, Manifest, prepare, read_rows
+from thoughtbubbles.data import DataError, Manifest, prepare
 from thoughtbubbles.data.sources.corpora import check_different, resolve_source
-from thoughtbubbles.data.sources.reading import open_documents, read_texts
+from thoughtbubbles.data.sources.reading import open_documents, read_rows, read_texts
 
 TEXTS = ["one\r\n", "zwei, ü", '"3"', None]
 ROWS: list[dict[str, Any]] = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]

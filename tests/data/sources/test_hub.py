@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.conftest import hub_folder
-from thoughtbubbles.data import DataError, SourceError, UnfinishedError, read_rows
+from thoughtbubbles.data import DataError, SourceError, UnfinishedError
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubSource, parse_name
-from thoughtbubbles.data.sources.reading import open_documents, read_documents
+from thoughtbubbles.data.sources.reading import open_documents, read_documents, read_rows
 
 STREAMING = pytest.mark.parametrize("streaming", ["true", "false"])
 

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.conftest import write_folder
-from thoughtbubbles.data import DataError, read_rows
+from thoughtbubbles.data import DataError
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.formats import PARQUET_ROWS
-from thoughtbubbles.data.sources.reading import open_documents, read_documents
+from thoughtbubbles.data.sources.reading import open_documents, read_documents, read_rows
 
 ROWS = ["first\n", "second", "thïrd"]
 

@@ -58,7 +58,7 @@ def make_task(
     difficulty do not depend on `max_difficulty`.
 
     Args:
-        task: one of `procedural.TASKS`.
+        task: one of `TASKS`.
         output: a new or empty folder.
         examples, max_difficulty, seed: as in `MadeTask`.
         test_examples: rows to test on of each difficulty; None is 500, and fewer where there are not so many.
