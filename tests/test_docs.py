@@ -99,6 +99,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(rf"\b(?:{'|'.join(WRITTEN)})/[\w./-]*\w", page.read_text(encoding="utf-8"))
+    stand_in = re.compile("NAME|VARIANT")
+    assert [path for path in named if not stand_in.search(path) and not (ROOT / path).exists()] == []
+
+
 def test_every_document_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([\w.]+)\)", index))
