@@ -250,19 +250,19 @@ def test_bad_sections_say_what_was_expected(
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "kind", "message"),
     [
-        ("data.stream={{{texts}/nothing.jsonl: 1}}", "nothing.jsonl' does not exist"),
-        ("data.stream={{hf:no-such/dataset: 1}}", "'hf:no-such/dataset' cannot be loaded"),
-        ("data.stream={{{texts}/*.jsonl: 1, {texts}/0.jsonl: 1}}", "is in both, expected each once"),
-        ("data.text_field=body", "has no field 'body': it has 'text'"),
-        ("data.validation={{nowhere: 1}}", "nowhere does not exist"),
+        ("data.stream={{{texts}/nothing.jsonl: 1}}", InputError, "nothing.jsonl' does not exist"),
+        ("data.stream={{hf:no-such/dataset: 1}}", RunError, "'hf:no-such/dataset' cannot be loaded"),
+        ("data.stream={{{texts}/*.jsonl: 1, {texts}/0.jsonl: 1}}", InputError, "is in both, expected each once"),
+        ("data.text_field=body", InputError, "has no field 'body': it has 'text'"),
+        ("data.validation={{nowhere: 1}}", InputError, "nowhere does not exist"),
     ],
 )
 def test_sources_that_cannot_be_used_leave_nothing(
-    tmp_path: Path, texts: Path, tiny_data: PreparedData, override: str, message: str
+    tmp_path: Path, texts: Path, tiny_data: PreparedData, override: str, kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(kind, match=message) as caught:
         train(stream_recipe(tmp_path, texts, tiny_data, override.format(texts=texts)), progress=False)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

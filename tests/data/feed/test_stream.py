@@ -430,16 +430,16 @@ def test_compressed_files_of_a_format_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "kind", "message"),
     [
-        ("hf:no-such/dataset", "source 'hf:no-such/dataset' cannot be loaded"),
-        ("hf:{hub}?field=text", "has no field 'text': it has 'body', 'number'"),
-        ("hf:{hub}?streaming=false", "expected no streaming=false, since files of a stream are not kept"),
-        ("{hub}/*.parquet", "has no field 'text': it has 'body', 'number'"),
+        ("hf:no-such/dataset", UnfinishedError, "source 'hf:no-such/dataset' cannot be loaded"),
+        ("hf:{hub}?field=text", DataError, "has no field 'text': it has 'body', 'number'"),
+        ("hf:{hub}?streaming=false", DataError, "expected no streaming=false, since files of a stream are not kept"),
+        ("{hub}/*.parquet", DataError, "has no field 'text': it has 'body', 'number'"),
     ],
 )
-def test_what_cannot_be_streamed_is_one_line(tmp_path: Path, name: str, message: str) -> None:
+def test_what_cannot_be_streamed_is_one_line(tmp_path: Path, name: str, kind: type[Exception], message: str) -> None:
     hub = hub_folder(tmp_path / "hub", {("x", "train", 0): ["1", "2"]}, "body")
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(kind, match=message) as caught:
         check_readable([open_shards(resolve_source(name.format(hub=hub)), "text")])
     assert "\n" not in str(caught.value)

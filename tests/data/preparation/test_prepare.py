@@ -329,7 +329,6 @@ def test_failed_renaming_brings_the_old_folder_back(
         ({"validation": ["python-stdlib", "python-stdlib"]}, "is in both, expected each once"),
         ({"sources": ["hf:a/b"]}, "source 'hf:a/b' is streamed and would be read twice .* expected --tokenizer, or"),
         ({"validation": ["hf:a/b"]}, "source 'hf:a/b' is streamed and would be read twice"),
-        ({"sources": ["hf:a/b?streaming=false"]}, "source 'hf:a/b.streaming=false' cannot be loaded: "),
         ({"text_field": "x", "sources": ["{rows}"]}, "rows.jsonl, line 1 has no field 'x': it has 'text'"),
         ({"sources": ["no/such"]}, "source 'no/such' does not exist"),
         ({"validation": ["no/such"]}, "source 'no/such' does not exist"),
@@ -350,6 +349,13 @@ def test_bad_options_are_refused(tmp_path: Path, corpus: str, options: dict[str,
         prepare(tmp_path / "out", **{"sources": [corpus], **options})
     assert "\n" not in str(caught.value)
     assert leftovers(tmp_path) == ["corpus", "rows.jsonl"]
+
+
+def test_a_hub_that_cannot_be_reached_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnfinishedError, match="source 'hf:a/b.streaming=false' cannot be loaded: ") as caught:
+        prepare(tmp_path / "out", ["hf:a/b?streaming=false"])
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == []
 
 
 def test_too_few_documents_are_refused(tmp_path: Path, texts: list[str], tokenizer_folder: Path) -> None:
