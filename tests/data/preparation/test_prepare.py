@@ -352,7 +352,7 @@ def test_bad_options_are_refused(tmp_path: Path, corpus: str, options: dict[str,
 
 
 def test_a_hub_that_cannot_be_reached_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UnfinishedError, match="source 'hf:a/b.streaming=false' cannot be loaded: ") as caught:
+    with pytest.raises(UnfinishedError, match=r"source 'hf:a/b\?streaming=false' cannot be loaded: ") as caught:
         prepare(tmp_path / "out", ["hf:a/b?streaming=false"])
     assert "\n" not in str(caught.value)
     assert leftovers(tmp_path) == []
