@@ -1,6 +1,7 @@
 """How the package is laid out: what may import what, and how long a function may be."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,22 @@ def lengths() -> Iterator[tuple[int, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield (node.end_lineno or 0) - node.lineno + 1, f"{name_of(path)}.{node.name}"
+
+
+def types_of(path: Path) -> Iterator[str]:
+    """The classes and other types that a module defines, such as `Row = dict[str, Any]`."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        named = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
+        if re.fullmatch(r"[A-Z]\w*[a-z]\w*", named):
+            yield named
+
+
+def test_a_type_has_a_name_of_its_own() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in types_of(path):
+            homes.setdefault(name, []).append(name_of(path))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
 def test_functions_are_short() -> None:

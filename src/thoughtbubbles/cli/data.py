@@ -96,8 +96,8 @@ def make_task(
 
     Train on the rows with recipes/tasks, and measure with `exact-match`.
     """
-    from thoughtbubbles.data.procedural import TASKS
-    from thoughtbubbles.data.procedural import make_task as make
+    from thoughtbubbles.data.procedural.making import make_task as make
+    from thoughtbubbles.data.procedural.tasks import TASKS
     from thoughtbubbles.recipes.values import check_known
 
     check_known(task, list(TASKS), "task", InputError)

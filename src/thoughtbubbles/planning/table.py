@@ -9,7 +9,7 @@ from rich.table import Table
 from thoughtbubbles.planning.plan import Costs, Fit, Plan, RunCosts
 from thoughtbubbles.support.tables import console_table
 
-Row = tuple[str, Callable[[Costs], float]]
+CostLine = tuple[str, Callable[[Costs], float]]
 
 
 def show_plan(plan: Plan) -> None:
@@ -50,7 +50,7 @@ def costs_table(plan: Plan) -> Table:
     return console_table(columns, sections, box=None, pad_edge=False, show_header=not dense, header_style="bold")
 
 
-def _cells(plan: Plan, form: Callable[[float], str], rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str]]:
+def _cells(plan: Plan, form: Callable[[float], str], rows: Iterable[CostLine]) -> Iterator[tuple[str, str, str, str]]:
     """Of each row that is not 0: its name, the model's cost, the dense one's, and their ratio."""
     for name, cost in rows:
         ours, theirs = cost(plan.model), cost(plan.dense)
@@ -58,7 +58,7 @@ def _cells(plan: Plan, form: Callable[[float], str], rows: Iterable[Row]) -> Ite
             yield name, form(ours), form(theirs) if theirs else "-", f"{ours / theirs:.2f}" if theirs else ""
 
 
-def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[Row]]]:
+def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[CostLine]]]:
     yield (
         "Parameters",
         _metric,
@@ -107,7 +107,7 @@ def _sections(plan: Plan) -> Iterator[tuple[str, Callable[[float], str], list[Ro
         yield "Speed of training", _metric, [("tokens a second", lambda costs: costs.tokens_per_second or 0.0)]
 
 
-def _layer_rows(plan: Plan) -> Iterator[Row]:
+def _layer_rows(plan: Plan) -> Iterator[CostLine]:
     """A row for each run of layers that are equally wide."""
     for _, run in groupby(range(len(plan.model.streams_per_token)), key=plan.model.streams_per_token.__getitem__):
         layers = list(run)

@@ -30,7 +30,7 @@ from thoughtbubbles.recipes.values import (
     describe_section,
     parse_section,
 )
-from thoughtbubbles.recipes.variants import SHIPPED, Tokens, Variant, parse_variants
+from thoughtbubbles.recipes.variants import SHIPPED, TokenShare, Variant, parse_variants
 from thoughtbubbles.support.errors import shown
 
 __all__ = ["load_comparison", "parse_comparison"]
@@ -46,7 +46,7 @@ class TuningSection:
         "rates to try; each variant takes the one of lowest validation loss"
     )
     data: UserPath = option("prepared folder to tune on: its validation is not that of the comparison")
-    tokens: Tokens = option("training tokens of a try, as a share of the comparison's", 0.25)
+    tokens: TokenShare = option("training tokens of a try, as a share of the comparison's", 0.25)
 
 
 @dataclass(config=STRICT)

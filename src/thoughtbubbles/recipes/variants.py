@@ -13,7 +13,7 @@ from thoughtbubbles.recipes.values import STRICT, Number, check_known, nearest, 
 from thoughtbubbles.support.errors import shown
 
 # More steps than can be counted are no steps.
-Tokens = Annotated[Number, Field(gt=0, le=1_000_000)]
+TokenShare = Annotated[Number, Field(gt=0, le=1_000_000)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,7 +30,9 @@ class Variant:
     )
     model: dict[str, Any] = option("fields of the model", {})
     training: dict[str, Any] = option("keys of the training section", {})
-    tokens: Tokens = option("training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0)
+    tokens: TokenShare = option(
+        "training tokens as a share of the recipe's; the schedule shrinks or grows with it", 1.0
+    )
     flops_of: str | None = option("variant whose training FLOPs it may spend", None)
     spend: Literal["tokens", "layers", "width"] = option(
         "on what: tokens, or on as many tokens a model of more layers or width", "tokens"
