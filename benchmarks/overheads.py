@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from thoughtbubbles.data.feed.rundata import collate_blocks, load_run_data
+from thoughtbubbles.data.feed.blocks import collate_blocks
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.files import json_text
 from thoughtbubbles.support.machine import describe_machine

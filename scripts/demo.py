@@ -98,8 +98,8 @@ def show_table(console: Console, tokens: int, measured: list[Measured]) -> None:
     """One row a model, in words that need no documentation."""
     dense = measured[0]
     console.print(
-        f"\nTwo small language models of {dense.parameters / 1e6:.2f}M parameters each read the same {tokens:,} tokens of "
-        "Python source in the same order, and were asked to predict files that neither had seen."
+        f"\nTwo small language models of {dense.parameters / 1e6:.2f}M parameters each read the same {tokens:,} tokens "
+        "of Python source in the same order, and were asked to predict files that neither had seen."
     )
     table = Table()
     table.add_column("")  # the one that gives way on a narrow terminal

@@ -19,7 +19,7 @@ from tests.helpers import random_model
 from tests.support.test_plots import legend_of
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.cli import app
-from thoughtbubbles.data.feed.rundata import collate_examples
+from thoughtbubbles.data.feed.examples import collate_examples
 from thoughtbubbles.data.feed.sft import Example
 from thoughtbubbles.data.procedural.tasks import TASKS
 from thoughtbubbles.data.procedural.vocabulary import word_tokenizer

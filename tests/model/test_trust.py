@@ -13,7 +13,7 @@ from tests.evaluation.benchmark_files import write_benchmarks
 from tests.helpers import tiny_model
 from tests.tokenizer_kinds import byte_level
 from thoughtbubbles.cli import app
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.reading import read_documents
 from thoughtbubbles.data.tokenizer import load_data_tokenizer

@@ -6,7 +6,7 @@ import pytest
 
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.recipes.training import (
     DataSection,
     FineTuningSection,

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from thoughtbubbles.data.feed.rundata import RunData, Validation, collate_blocks
+from thoughtbubbles.data.feed.blocks import collate_blocks
+from thoughtbubbles.data.feed.rundata import RunData, Validation
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer

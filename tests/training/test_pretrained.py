@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.recipes.training import Recipe, parse_recipe
 from thoughtbubbles.support.errors import InputError

@@ -15,8 +15,9 @@ from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import DataError, PreparedData, prepare
 from thoughtbubbles.data.feed import rundata as rundata_module
+from thoughtbubbles.data.feed.blocks import collate_blocks
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.feed.mixture import BlockPlace
-from thoughtbubbles.data.feed.rundata import collate_blocks, load_run_data
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
 from thoughtbubbles.model import controls as controls_module

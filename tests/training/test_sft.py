@@ -13,7 +13,9 @@ from tests.tokenizer_kinds import byte_level
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.data.feed.rundata import RunData, collate_examples, load_run_data
+from thoughtbubbles.data.feed.examples import collate_examples
+from thoughtbubbles.data.feed.loading import load_run_data
+from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.data.feed.sft import Example, Examples, Template, read_examples
 from thoughtbubbles.data.tokenizer import load_data_tokenizer, save_tokenizer, train_tokenizer
 from thoughtbubbles.model.accounting import training_flops

@@ -14,7 +14,7 @@ from tests.run_fixtures import tiny_recipe
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError

@@ -16,7 +16,7 @@ from tests.training.test_processes import numbers, torchrun
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.lanes import STREAM_NAME, StreamedBlocks
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError, StreamSection, load_recipe
 from thoughtbubbles.support.errors import InputError, RunError

@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 
 from thoughtbubbles.comparison.measuring import Measurements, measure_run, measurement_settings
 from thoughtbubbles.comparison.runs import Run
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.recipes.comparison import EvaluationSection
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted, is_out_of_memory
 from thoughtbubbles.support.files import LOCK_NAME, sole_user, write_text

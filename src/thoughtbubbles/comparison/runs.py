@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.data.feed.rundata import RunData, check_batch, load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
+from thoughtbubbles.data.feed.rundata import RunData, check_batch
 from thoughtbubbles.model.accounting import count_parameters, training_flops
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.comparison import Comparison, variant_sections

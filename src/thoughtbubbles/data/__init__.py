@@ -1,16 +1,21 @@
 """Text to training blocks: corpora, tokenizers, packing.
 
 `prepare` reads documents, tokenises them and writes fixed-size blocks of token ids to a folder; `load_prepared`
-opens such a folder for training and evaluation. Importing this package is cheap: the heavy libraries are imported when
-a function needs them.
+opens such a folder for training and evaluation.
+
+Importing this package is cheap: what a name needs is imported when it is asked for.
 """
 
-from thoughtbubbles.data.preparation.manifest import Manifest
-from thoughtbubbles.data.preparation.prepare import prepare
-from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
-from thoughtbubbles.recipes.options import Preparation
-from thoughtbubbles.recipes.preparation import load_preparation
-from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thoughtbubbles.data.preparation.manifest import Manifest
+    from thoughtbubbles.data.preparation.prepare import prepare
+    from thoughtbubbles.data.preparation.prepared import PreparedData, load_prepared
+    from thoughtbubbles.recipes.options import Preparation
+    from thoughtbubbles.recipes.preparation import load_preparation
+    from thoughtbubbles.support.errors import DataError, SourceError, UnfinishedError
 
 __all__ = [
     "DataError",
@@ -23,3 +28,21 @@ __all__ = [
     "load_prepared",
     "prepare",
 ]
+
+_HOMES = {
+    "DataError": "support.errors",
+    "Manifest": "data.preparation.manifest",
+    "Preparation": "recipes.options",
+    "PreparedData": "data.preparation.prepared",
+    "SourceError": "support.errors",
+    "UnfinishedError": "support.errors",
+    "load_preparation": "recipes.preparation",
+    "load_prepared": "data.preparation.prepared",
+    "prepare": "data.preparation.prepare",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"thoughtbubbles.{_HOMES[name]}"), name)

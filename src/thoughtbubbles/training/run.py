@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
-from thoughtbubbles.data.feed.rundata import RunData, check_batch, load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
+from thoughtbubbles.data.feed.rundata import RunData, check_batch
 from thoughtbubbles.model.accounting import count_parameters
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.model.loading import check_tokenizer

@@ -18,8 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import nested_gather
 
-from thoughtbubbles.data.feed.lanes import StreamedBlocks
-from thoughtbubbles.data.feed.rundata import Batch, Rows, RunData, Validation
+from thoughtbubbles.data.feed.rundata import Batch, Rows, RunData, Streamed, Validation
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.loss import IGNORE_INDEX
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
@@ -72,7 +71,7 @@ class BubbleTrainer(Trainer):
         self.start = 0 if checkpoint is None else checkpoint.step
         self.stop = stop
         self._begin = begin
-        if isinstance(data.samples, StreamedBlocks) and checkpoint is not None:
+        if isinstance(data.samples, Streamed) and checkpoint is not None:
             data.samples.load(checkpoint.folder)
         self.meter = Meter(recipe, model.config, data.samples, arguments.per_device_train_batch_size)
         self.clock = Clock(self.meter.tokens(self.start))
@@ -124,7 +123,7 @@ class BubbleTrainer(Trainer):
 
     def _order(self) -> "Callable[[range], Iterator[int]]":
         """The order in which the processes, taking turns, take samples."""
-        if not isinstance(self.data.samples, StreamedBlocks):
+        if not isinstance(self.data.samples, Streamed):
             return iter
         sharing = {"processes": self.args.world_size, "micro": self._train_batch_size}
         return partial(self.data.samples.shared, batch=self.recipe.training.batch_size, **sharing)
@@ -286,7 +285,7 @@ class BubbleTrainer(Trainer):
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
-            if isinstance(self.data.samples, StreamedBlocks):
+            if isinstance(self.data.samples, Streamed):
                 samples = self.state.global_step * self.recipe.training.batch_size
                 self.data.samples.save(partial, samples, self.is_world_process_zero())
         finally:

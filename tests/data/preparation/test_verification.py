@@ -14,7 +14,7 @@ from tests.data.conftest import make_texts, write_folder
 from tests.data.preparation.test_prepare import prepare
 from tests.run_fixtures import RECIPE
 from thoughtbubbles.data import DataError, Manifest, PreparedData, load_prepared
-from thoughtbubbles.data.feed.rundata import load_run_data
+from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.preparation import verification
 from thoughtbubbles.recipes.training import load_recipe
 

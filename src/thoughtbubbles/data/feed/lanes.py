@@ -1,5 +1,6 @@
 """A run on streamed data: which process reads which samples, and what a checkpoint keeps of the stream."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,8 +9,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from thoughtbubbles.data.feed.stream import StreamMixture, merge_records
-from thoughtbubbles.data.preparation.packing import TokenArray
+from thoughtbubbles.data.feed.blocks import collate_blocks, load_corpora, validation_of
+from thoughtbubbles.data.feed.heldout import HeldOut
+from thoughtbubbles.data.feed.rundata import RunData
+from thoughtbubbles.data.feed.stream import Packing, StreamMixture, check_readable, merge_records
+from thoughtbubbles.data.preparation.job import source_facts
+from thoughtbubbles.data.preparation.packing import TokenArray, token_type
+from thoughtbubbles.data.sources.corpora import check_different, resolve_source
+from thoughtbubbles.data.sources.identity import content_facts
+from thoughtbubbles.data.sources.reading import open_shards
+from thoughtbubbles.data.tokenizer import Encoder
+from thoughtbubbles.recipes.training import Recipe, StreamSection, stream_lanes
 from thoughtbubbles.support.files import write_text
 
 STREAM_NAME = "stream.json"
@@ -90,3 +100,41 @@ class StreamedBlocks:
 
 def _tensor(block: TokenArray) -> Tensor:
     return torch.from_numpy(block.astype("int64"))
+
+
+def load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress: bool) -> RunData:
+    """Open it, as `loading.load_run_data` does."""
+    corpora = load_corpora("validation", section.validation, verify, progress)
+    manifest, tokenizer = corpora[0].manifest, corpora[0].tokenizer()
+    sources = [resolve_source(name) for name in section.stream]
+    check_different(sources)
+    shards = [open_shards(source, section.text_field) for source in sources]
+    check_readable(shards)
+    settings = recipe.training
+    lanes = stream_lanes(section, settings.batch_size)
+    separator = manifest.tokenizer.separator_id
+    packing = Packing(
+        encoder=Encoder(tokenizer, threads=1),
+        separator=separator,
+        dtype=token_type(manifest.vocab_size),
+        block_size=manifest.block_size,
+        held_out=HeldOut(corpora, separator),
+        seed=settings.seed,
+        lanes=lanes,
+        window=max(1, section.shuffle_blocks // lanes),
+    )
+    blocks = StreamMixture(shards, list(section.stream.values()), packing, settings.steps * settings.batch_size)
+    facts = json.dumps([source_facts(source, content_facts) for source in sources], sort_keys=True)
+    fingerprints = [corpus.manifest.content for corpus in corpora]
+    return RunData(
+        samples=StreamedBlocks(blocks, lanes, manifest.block_size),
+        validation=validation_of(corpora, section.validation),
+        eval_rows=section.eval_blocks,
+        final_eval_rows=section.final_eval_blocks,
+        collate=collate_blocks,
+        tokenizer=tokenizer,
+        vocab_size=manifest.vocab_size,
+        longest=manifest.block_size,
+        source=", ".join(section.stream),
+        identity=" ".join([hashlib.sha256(facts.encode()).hexdigest(), *fingerprints]),
+    )

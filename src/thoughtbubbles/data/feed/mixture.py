@@ -117,6 +117,9 @@ class BlockMixture:
                     found[number] = row
         return found
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
     def place(self, index: int) -> BlockPlace:
         """Where sample `index` comes from.
 
