@@ -24,8 +24,9 @@ from tests.helpers import (
 )
 from thoughtbubbles.model import reference
 from thoughtbubbles.model.budget import floor_times, parse_budget
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.model.controls import StreamCopier, draw_scores
-from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
 from thoughtbubbles.model.streams import Streams
 
 every_rule = pytest.mark.parametrize("rules", LEFT_TO_RIGHT, ids=case_id)
@@ -39,6 +40,12 @@ every_draw = pytest.mark.parametrize("routing", ["random", "random-topk", "unifo
 
 counters = st.integers(0, 2**32 - 1)
 bubbles = st.lists(st.integers(1, 4), min_size=1, max_size=8)
+
+
+def copier_of(config: ThoughtbubblesConfig) -> StreamCopier:
+    copier = ThoughtbubblesModel(config).copier
+    assert copier is not None
+    return copier
 
 
 def candidate_tokens(sizes: list[int], first: int = 0) -> Tensor:
@@ -270,7 +277,7 @@ def entering(config: Any) -> Streams:
 def test_copies_are_equal_streams_at_fractional_positions() -> None:
     config = tiny_config(routing="copy", budget=3)
     before = entering(config)
-    after = StreamCopier(config)(before, parse_budget(3))
+    after = copier_of(config)(before, parse_budget(3))
     assert after.token.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 0, 0, 1, 1, 1, *[4] * 6]]
     assert torch.equal(after.residual, before.residual.repeat_interleave(3, dim=1))
     assert not after.log_score.any()
@@ -282,7 +289,7 @@ def test_copies_are_equal_streams_at_fractional_positions() -> None:
 
 def test_pauses_follow_their_token() -> None:
     config = tiny_config(routing="pause", budget=3)
-    copier, before = StreamCopier(config), entering(config)
+    copier, before = copier_of(config), entering(config)
     after = copier(before, parse_budget(3))
     assert copier.pause_embeddings is not None
     first, second = copier.pause_embeddings.weight
@@ -367,7 +374,7 @@ def test_padding_does_not_matter_to_copies(rules: dict[str, Any], place: Any) ->
 
 def test_dropout_of_pauses_is_that_of_embeddings() -> None:
     config = tiny_config(routing="pause", budget=3, hidden_dropout=0.5)
-    copier = StreamCopier(config).train()
+    copier = copier_of(config).train()
     torch.manual_seed(0)
     after = copier(Streams.from_embeddings(torch.ones(1, 400, 16)), parse_budget(3)).residual.view(400, 3, 16)
     assert (after[:, 0] == 1).all()

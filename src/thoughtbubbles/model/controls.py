@@ -7,7 +7,7 @@ Shape letters: B batch, N streams, M candidates, D hidden size.
 
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .routing import (
     GRID,
     TOPK,
     Candidates,
+    Options,
     Router,
     Rule,
     WholeRowRouter,
@@ -26,9 +27,6 @@ from .routing import (
     visiting_order,
 )
 from .streams import Streams
-
-if TYPE_CHECKING:
-    from .configuration import ThoughtbubblesConfig
 
 _LANES = (0x9E3779B9, 0x85EBCA6B)
 _MASK = 2**32 - 1
@@ -126,7 +124,7 @@ class UniformRouter(Router):
 def _drawing(rule: Rule, router: type[Router], name: str, words: str) -> Rule:
     """A rule like another that draws by a hash."""
 
-    def make(config: "ThoughtbubblesConfig", layer: int) -> Router:
+    def make(config: Options, layer: int) -> Router:
         return DrawingRouter(router(), layer, config.routing_seed)
 
     return replace(rule, name=name, words=words, router=make, learned=False)
@@ -157,14 +155,17 @@ class StreamCopier(nn.Module):
 
     `copy` repeats the token's residual. `pause` leaves it leftmost and lets learned vectors follow it, one a place;
     the last of them is the root.
+
+    Args:
+        hidden_size: of a residual, D.
+        vectors: how many are learned; None where residuals are repeated.
+        dropout: of the vectors.
     """
 
-    def __init__(self, config: "ThoughtbubblesConfig") -> None:
+    def __init__(self, hidden_size: int, vectors: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.pause_embeddings: nn.Embedding | None = None
-        if config.rule.with_vectors:
-            self.pause_embeddings = nn.Embedding(int(config.exact_budget()) - 1, config.hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.pause_embeddings = None if vectors is None else nn.Embedding(vectors, hidden_size)
 
     def forward(self, streams: Streams, budget: Fraction) -> Streams:
         """Streams [B, N] of one stream a token to [B, kappa N]; the budget is whole."""

@@ -164,7 +164,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gates = nn.ModuleDict({str(layer): ForkGate(config, layer) for layer in config.gated_layers})
-        self.copier = StreamCopier(config) if config.copied_layers else None
+        self.copier = self._copier() if config.copied_layers else None
         self.layers = nn.ModuleList(ThoughtbubblesBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
         self.gradient_checkpointing = False
@@ -172,6 +172,11 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         # one compiled graph serves every step.
         self.routing_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.post_init()
+
+    def _copier(self) -> StreamCopier:
+        config = self.config
+        vectors = int(config.exact_budget()) - 1 if config.rule.with_vectors else None
+        return StreamCopier(config.hidden_size, vectors, config.hidden_dropout)
 
     @can_return_tuple
     def forward(

@@ -18,7 +18,7 @@ leftmost. Scores are compared on a grid (`on_grid`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,14 +26,23 @@ from torch import Tensor
 from .budget import MAX_TOKENS, ceil_times, floor_times
 from .memory import ForkMemory, RouteMemory
 
-if TYPE_CHECKING:
-    from .configuration import ThoughtbubblesConfig
-
 GRID = 2.0**-16
 """Nats between two scores that a router tells apart."""
 
 LEAK = "topk routing sees later tokens"
 """What is said of a rule that leaks, after the word."""
+
+
+class Options(Protocol):
+    """What rules read of a model's configuration."""
+
+    random_rule: str
+    routing_seed: int
+    copy_layer: int
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]:
+        """The layers that have a gate."""
 
 
 class Candidates(NamedTuple):
@@ -100,14 +109,14 @@ class Rule:
 
     name: str
     words: str
-    router: "Callable[[ThoughtbubblesConfig, int], Router] | None" = None
+    router: Callable[[Options, int], Router] | None = None
     learned: bool = False
     leaks: bool = False
     rounded: Callable[[Fraction, int], int] = floor_times
     memory: type[RouteMemory] = ForkMemory
-    copied_at: "Callable[[ThoughtbubblesConfig], int] | None" = None
+    copied_at: Callable[[Options], int] | None = None
     with_vectors: bool = False
-    settled: "Callable[[ThoughtbubblesConfig], Rule] | None" = None
+    settled: "Callable[[Options], Rule] | None" = None
 
     @property
     def is_dense(self) -> bool:
