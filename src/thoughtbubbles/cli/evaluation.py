@@ -106,6 +106,8 @@ def _validation_blocks(
 
 def describe_perplexity(result: "Perplexity") -> str:
     """A measurement in words, of one to three lines."""
+    from thoughtbubbles.model.routing import LEAK
+
     rule = f", {result.budget_rule} budget rule" if result.budget_rule == "fixed" else ""
     error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
     line = (
@@ -115,7 +117,7 @@ def describe_perplexity(result: "Perplexity") -> str:
     if result.byte_perplexity is not None and result.word_perplexity is not None:
         line += f"\n           per byte {result.byte_perplexity:.4f}, per word {result.word_perplexity:,.2f}"
     if result.leaks:
-        line += "\n           leaks: topk routing sees later tokens, so this is no left-to-right likelihood"
+        line += f"\n           leaks: {LEAK}, so this is no left-to-right likelihood"
     return line
 
 

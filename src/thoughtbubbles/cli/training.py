@@ -1,13 +1,18 @@
 """Commands that train: `train` and `compare`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thoughtbubbles.cli.shared import QuietOption
 from thoughtbubbles.support.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from thoughtbubbles.recipes.training import Recipe
 
 VerifyOption = Annotated[
     bool,
@@ -56,17 +61,17 @@ def train(
     The run's folder gets metrics.jsonl, checkpoints/, model/ and summary.json. Started again, a run goes on from its
     newest sound checkpoint. SIGTERM, SIGUSR1 and Ctrl-C save and stop; a second Ctrl-C stops at once.
     """
-    from thoughtbubbles.evaluation.during_training import task_scores
+    from thoughtbubbles.model.routing import LEAK
     from thoughtbubbles.recipes.training import load_recipe
     from thoughtbubbles.support.machine import keep_freed_memory
     from thoughtbubbles.training.run import train as run_training
 
     keep_freed_memory()
     loaded = load_recipe(recipe, overrides or ())
-    summary = run_training(loaded, progress=not quiet, callbacks=task_scores(loaded), verify=verify)
+    summary = run_training(loaded, progress=not quiet, callbacks=_scores(loaded), verify=verify)
     if not _last_word():
         return
-    leak = " (leaks: topk sees later tokens)" if summary.eval_leaks else ""
+    leak = f" (leaks: {LEAK})" if summary.eval_leaks else ""
     typer.echo(
         f"{summary.tokens:,} tokens at {summary.tokens_per_second:,.0f} tokens/s; "
         f"validation loss {summary.eval_loss:.4f}, perplexity {summary.eval_perplexity:.2f}{leak}; "
@@ -134,3 +139,12 @@ def compare(
 
 def _reasons(failed: Mapping[str, str]) -> str:
     return "; ".join(f"{label}: {reason}" for label, reason in failed.items())
+
+
+def _scores(recipe: "Recipe") -> Sequence["TrainerCallback"]:
+    """What scores benchmarks on the way, for a recipe that wants any."""
+    if recipe.training.eval_tasks is None:
+        return []
+    from thoughtbubbles.evaluation.during_training import task_scores
+
+    return task_scores(recipe)
