@@ -31,7 +31,7 @@ from gpu_parts.driver import FAULTS, Item, Setting, run_part
 from gpu_parts.kit import open_references
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.cache import StreamCache
-from thoughtbubbles.training.compilation import compile_model
+from thoughtbubbles.training.sharding import compile_model
 
 BARS = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3, "bfloat16_logits": 5e-2, "cached": 1e-9}
 """What is too much; bfloat16 as ||difference|| / ||logits||."""

@@ -26,8 +26,8 @@ from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.model import loss as loss_module
 from thoughtbubbles.model.accounting import activation_bytes, layer_widths, state_bytes, training_flops
 from thoughtbubbles.model.loss import chunked_next_token_loss
-from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.meter import peak_memory
+from thoughtbubbles.training.sharding import compile_model
 from training import LossAlone, SamePositions
 
 DATASHEET_FLOPS = 989e12

@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.support.version import VERSION
+from thoughtbubbles.support import VERSION
 
 if TYPE_CHECKING:
     from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles

@@ -27,17 +27,7 @@ CODE = {
     f"{name}.py"
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "memory", "modeling"),
-        *(
-            "accounting",
-            "blocked_attention",
-            "controls",
-            "sharing",
-            "decoding",
-            "mixture",
-            "rules",
-            "threshold",
-            "weights",
-        ),
+        *("accounting", "blocked_attention", "controls", "sharing", "mixture", "rules", "threshold", "weights"),
     )
 }
 HIDE_THE_PACKAGE = """

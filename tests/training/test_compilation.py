@@ -17,8 +17,8 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import trainer
-from thoughtbubbles.training.compilation import compile_model
 from thoughtbubbles.training.run import train
+from thoughtbubbles.training.sharding import compile_model
 
 long = pytest.mark.long
 MEASURED = ("tokens_per_second", "peak_memory")

@@ -18,13 +18,13 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError
+from thoughtbubbles.support.machine import choose_precision, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import checkpoints, memory
 from thoughtbubbles.training import precision as precision_module
 from thoughtbubbles.training import run as run_module
 from thoughtbubbles.training.checkpoints import sealed
 from thoughtbubbles.training.folder import read_facts
-from thoughtbubbles.training.precision import choose_precision, has_bfloat16
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -339,16 +339,16 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(
     assert (f"many times slower than float32 on this cpu: {tmp_path / 'run'} began in it" in said) == first
     assert read_facts(tmp_path / "run")["precision"] == decided
     # What it came to may also be said by name.
-    train(tiny_recipe(tmp_path, tiny_data.path, f"training.precision={decided}"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, f"support.machine={decided}"), progress=False)
     other = "float32" if first else "bfloat16"
     with pytest.raises(RecipeError, match=rf"training\.precision: {decided} is now {other}"):
-        train(tiny_recipe(tmp_path, tiny_data.path, f"training.precision={other}"), progress=False)
+        train(tiny_recipe(tmp_path, tiny_data.path, f"support.machine={other}"), progress=False)
 
 
 def test_asking_for_the_slow_one_warns(
     tmp_path: Path, tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine_with(monkeypatch, False)
-    train(tiny_recipe(tmp_path, tiny_data.path, "training.precision=bfloat16", "training.steps=1"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, "support.machine=bfloat16", "training.steps=1"), progress=False)
     said = capsys.readouterr().err
-    assert "training.precision=bfloat16 is many times slower than float32 on this cpu: the recipe asks for it" in said
+    assert "support.machine=bfloat16 is many times slower than float32 on this cpu: the recipe asks for it" in said

@@ -14,9 +14,9 @@ from thoughtbubbles.cli.evaluation import evaluate, exact_match, perplexity
 from thoughtbubbles.cli.generation import demo, generate, inspect
 from thoughtbubbles.cli.planning import plan
 from thoughtbubbles.cli.training import compare, train
+from thoughtbubbles.support import VERSION
 from thoughtbubbles.support.errors import InputError, RunError, ending
 from thoughtbubbles.support.files import user_path
-from thoughtbubbles.support.version import VERSION
 
 # What the command line itself may get wrong; typer names only its last kind.
 UsageError: Any = typer.BadParameter.__base__

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thoughtbubbles.data.sources.reading import TEXT_FIELD, read_texts
 from thoughtbubbles.data.tokenizer import Encoder
 from thoughtbubbles.evaluation.finite import check_finite
 from thoughtbubbles.model.budget import Budget
@@ -82,7 +81,7 @@ class TextSize:
         return cls(sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts))
 
 
-def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerFast", length: int, text_field: str = TEXT_FIELD) -> Tensor:
+def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerFast", length: int, text_field: str = "text") -> Tensor:
     """A file's documents as blocks [n, length] of tokens, the same as `prepare` makes of it.
 
     Before each document stands what precedes a text. What is left after the last whole block is not used, unless the
@@ -97,6 +96,8 @@ def read_blocks(path: Path, tokenizer: "PreTrainedTokenizerFast", length: int, t
     Raises:
         InputError: a file that cannot be read, is not UTF-8, or has no text.
     """
+    from thoughtbubbles.data.sources.reading import read_texts
+
     start, encoder = start_document(tokenizer), Encoder(tokenizer, threads=1)
     ids = [token for text in read_texts(path, text_field) for token in [*start, *encoder.encode_one(text).tolist()]]
     if len(ids) < 2:

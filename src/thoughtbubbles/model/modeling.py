@@ -20,10 +20,17 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .attention import ResidualProjection, StreamAttention, rotary_angles
 from .budget import Budget
-from .cache import AttentionMemory, Placement, StreamCache, one_cache
+from .cache import (
+    AttentionMemory,
+    Placement,
+    StreamCache,
+    StreamGenerationMixin,
+    check_position_ids,
+    one_cache,
+    refuse_unknown,
+)
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
-from .decoding import StreamGenerationMixin, check_position_ids, refuse_unknown
 from .gate import ForkGate
 from .loss import (
     IGNORE_INDEX,

@@ -1,1 +1,4 @@
 """What everything else uses, and what knows of no model."""
+
+VERSION = "0.1.0"
+"""Of the package."""

@@ -23,6 +23,7 @@ from thoughtbubbles.model.sharing import write_model_card
 from thoughtbubbles.recipes.training import Recipe, RecipeError, check_rows, model_config
 from thoughtbubbles.support.errors import RunError, is_out_of_memory, one_line
 from thoughtbubbles.support.files import partial_path, read_as, replacing, write_text
+from thoughtbubbles.support.machine import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
 from thoughtbubbles.support.text import document_ends, start_document
@@ -39,8 +40,6 @@ from thoughtbubbles.training.folder import (
 )
 from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
 from thoughtbubbles.training.memory import TrainingMemory
-from thoughtbubbles.training.precision import choose_precision, device_type, has_bfloat16
-from thoughtbubbles.training.pretrained import gate_changes, start_from
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
 
 __all__ = ["train"]
@@ -183,9 +182,9 @@ def _say_precision(recipe: Recipe, arguments: TrainingArguments, main: bool) -> 
     """Warn of bfloat16 where it is emulated, as far as that is known."""
     device = arguments.device.type
     if arguments.bf16 and device in ("cpu", "cuda") and not has_bfloat16(device):
-        kept = recipe.training.precision == "auto"
+        kept = recipe.support.machine == "auto"
         reason = f"{recipe.training.output} began in it" if kept else "the recipe asks for it; expected auto or float32"
-        text = f"training.precision=bfloat16 is many times slower than float32 on this {device}"
+        text = f"support.machine=bfloat16 is many times slower than float32 on this {device}"
         say(f"{text}: {reason}", enabled=main)
 
 
@@ -257,6 +256,8 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
     if pretrained is None:
         model = ThoughtbubblesForCausalLM(config)
     else:
+        from thoughtbubbles.training.pretrained import gate_changes, start_from
+
         if changes := str(gate_changes(pretrained, config)):
             say(f"model.pretrained={pretrained}: {changes}", progress)
         model = start_from(pretrained, config)
@@ -400,9 +401,9 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
 
 def _decide_precision(recipe: Recipe, output: Path) -> str:
     """What the run in a folder began in, or else what its recipe and this machine want."""
-    if recipe.training.precision == "auto" and (output / RECIPE_NAME).exists():
+    if recipe.support.machine == "auto" and (output / RECIPE_NAME).exists():
         return str(read_facts(output)["precision"])
-    return choose_precision(recipe.training.precision, device_type())
+    return choose_precision(recipe.support.machine, device_type())
 
 
 def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:

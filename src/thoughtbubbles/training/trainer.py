@@ -29,11 +29,9 @@ from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training import states
 from thoughtbubbles.training.callbacks import ThresholdCallback
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
-from thoughtbubbles.training.compilation import compile_model
-from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.interruption import StopRequest, interrupted
-from thoughtbubbles.training.meter import Clock, Meter, budget_of_step, peak_memory
-from thoughtbubbles.training.sharding import check_sharding, divide, release, whole
+from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, budget_of_step, peak_memory
+from thoughtbubbles.training.sharding import check_sharding, compile_model, divide, release, whole
 
 LOSS_SUM_NAME = "loss_sum.json"
 DIVERGED_NAME = "diverged.json"
