@@ -102,7 +102,7 @@ def test_runs_of_a_comparison_compute_in_the_precision_of_the_first(
     tmp_path: Path, tiny_data: PreparedData, finished: RunPlanner
 ) -> None:
     variants = "[dense, budget-1, copy-root, topk, causal, causal-half]"
-    kept = {run.recipe.support.machine for run in planner(tmp_path, tiny_data, variants=variants).runs({})}
+    kept = {run.recipe.training.precision for run in planner(tmp_path, tiny_data, variants=variants).runs({})}
     assert kept == {"auto"}
     shutil.copytree(finished.comparison.output, tmp_path / "out")
     recipes = sorted((tmp_path / "out" / "runs").glob("*/*/recipe.yaml"))
@@ -112,7 +112,7 @@ def test_runs_of_a_comparison_compute_in_the_precision_of_the_first(
         facts = json.loads((each.parent / "run.json").read_text())
         (each.parent / "run.json").write_text(json.dumps({**facts, "precision": "bfloat16"}))
     again = planner(tmp_path, tiny_data, variants=variants)
-    assert {run.recipe.support.machine for run in again.runs({})} == {"bfloat16"}
+    assert {run.recipe.training.precision for run in again.runs({})} == {"bfloat16"}
     own = "{dense: {training: {precision: float32}}, causal: }"
     mixed = planner(tmp_path, tiny_data, variants=own).runs({})
-    assert [run.recipe.support.machine for run in mixed[:2]] == ["float32", "bfloat16"]
+    assert [run.recipe.training.precision for run in mixed[:2]] == ["float32", "bfloat16"]

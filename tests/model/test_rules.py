@@ -1,6 +1,5 @@
 """A routing rule that a test adds to `RULES` works everywhere."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class EvenRouter(Router):
 
 
 @pytest.fixture(autouse=True)
-def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rule]:
+def rule(monkeypatch: pytest.MonkeyPatch) -> Rule:
     even = Rule("even", "even: tokens at even places fork", router=lambda *_: EvenRouter(), memory=NoMemory)
     monkeypatch.setitem(RULES, even.name, even)
     return even

@@ -78,7 +78,7 @@ def test_a_model_is_planned_like_its_recipe(tiny_run: Path, tiny_data: PreparedD
 
 
 def test_drawn_budgets_cost_what_the_meter_counts(tiny_data: PreparedData, tmp_path: Path) -> None:
-    overrides = ["training.training_budgets=[1, 1.5, 3]", "training.micro_batch_size=2", "support.machine=float32"]
+    overrides = ["training.training_budgets=[1, 1.5, 3]", "training.micro_batch_size=2", "training.precision=float32"]
     recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides)
     (tmp_path / "drawn.yaml").write_text(recipe.to_yaml())
     plan = make_plan(str(tmp_path / "drawn.yaml"))

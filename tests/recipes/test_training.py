@@ -90,7 +90,7 @@ def test_extending_oneself_is_an_error(tmp_path: Path) -> None:
         ("data.mixture=[a, b]", "data.mixture=['a', 'b']: expected a mapping or null"),
         ("model.pretrained=m", "model.preset and model.pretrained: expected at most one"),
         ("training.micro_batch_size=0", "training.micro_batch_size=0: expected at least 1"),
-        ("support.machine=half", "support.machine='half': expected one of auto, float32, bfloat16"),
+        ("training.precision=half", "training.precision='half': expected one of auto, float32, bfloat16"),
         ("training.sharding=zero", "training.sharding='zero': expected one of ddp, fsdp"),
         ("training.training_budgets=2", "training.training_budgets=2: expected a list or null"),
         ("training.training_budgets=[]", "training.training_budgets=[]: expected a list of at least 1 or null"),

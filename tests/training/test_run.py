@@ -351,7 +351,7 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path, tiny_run: Path
 
 
 def test_bfloat16_is_autocast(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
-    train(tiny_recipe(tmp_path, tiny_data.path, "support.machine=bfloat16"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, "training.precision=bfloat16"), progress=False)
     ours, exact = RunSummary.read(tmp_path / "run").eval_loss, RunSummary.read(tiny_run).eval_loss
     assert ours != exact
     assert ours == pytest.approx(exact, rel=0.02)

@@ -339,16 +339,16 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(
     assert (f"many times slower than float32 on this cpu: {tmp_path / 'run'} began in it" in said) == first
     assert read_facts(tmp_path / "run")["precision"] == decided
     # What it came to may also be said by name.
-    train(tiny_recipe(tmp_path, tiny_data.path, f"support.machine={decided}"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, f"training.precision={decided}"), progress=False)
     other = "float32" if first else "bfloat16"
     with pytest.raises(RecipeError, match=rf"training\.precision: {decided} is now {other}"):
-        train(tiny_recipe(tmp_path, tiny_data.path, f"support.machine={other}"), progress=False)
+        train(tiny_recipe(tmp_path, tiny_data.path, f"training.precision={other}"), progress=False)
 
 
 def test_asking_for_the_slow_one_warns(
     tmp_path: Path, tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine_with(monkeypatch, False)
-    train(tiny_recipe(tmp_path, tiny_data.path, "support.machine=bfloat16", "training.steps=1"), progress=False)
+    train(tiny_recipe(tmp_path, tiny_data.path, "training.precision=bfloat16", "training.steps=1"), progress=False)
     said = capsys.readouterr().err
-    assert "support.machine=bfloat16 is many times slower than float32 on this cpu: the recipe asks for it" in said
+    assert "training.precision=bfloat16 is many times slower than float32 on this cpu: the recipe asks for it" in said

@@ -165,8 +165,8 @@ class RunPlanner:
         self, variant: Variant, seed: int, folder: Path, sections: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Recipe:
         recipe = parse_recipe(lay_over(variant_sections(self.comparison, variant, seed, folder), sections or {}))
-        if recipe.support.machine == "auto" and self._precision is not None:
-            recipe.support.machine = self._precision
+        if recipe.training.precision == "auto" and self._precision is not None:
+            recipe.training.precision = self._precision
         return recipe
 
     def _load_tuning_data(self, path: str) -> RunData:
@@ -220,7 +220,7 @@ def _precision_so_far(output: Path) -> Precision | None:
     """
     for kind in ("runs", "tuning"):
         for path in sorted(output.glob(f"{kind}/*/*/{RECIPE_NAME}")):
-            if load_recipe(path).support.machine == "auto":
+            if load_recipe(path).training.precision == "auto":
                 found: Precision = read_facts(path.parent)["precision"]
                 return found
     return None

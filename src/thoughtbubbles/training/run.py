@@ -182,9 +182,9 @@ def _say_precision(recipe: Recipe, arguments: TrainingArguments, main: bool) -> 
     """Warn of bfloat16 where it is emulated, as far as that is known."""
     device = arguments.device.type
     if arguments.bf16 and device in ("cpu", "cuda") and not has_bfloat16(device):
-        kept = recipe.support.machine == "auto"
+        kept = recipe.training.precision == "auto"
         reason = f"{recipe.training.output} began in it" if kept else "the recipe asks for it; expected auto or float32"
-        text = f"support.machine=bfloat16 is many times slower than float32 on this {device}"
+        text = f"training.precision=bfloat16 is many times slower than float32 on this {device}"
         say(f"{text}: {reason}", enabled=main)
 
 
@@ -401,9 +401,9 @@ def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
 
 def _decide_precision(recipe: Recipe, output: Path) -> str:
     """What the run in a folder began in, or else what its recipe and this machine want."""
-    if recipe.support.machine == "auto" and (output / RECIPE_NAME).exists():
+    if recipe.training.precision == "auto" and (output / RECIPE_NAME).exists():
         return str(read_facts(output)["precision"])
-    return choose_precision(recipe.support.machine, device_type())
+    return choose_precision(recipe.training.precision, device_type())
 
 
 def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:
