@@ -18,8 +18,8 @@ from .routing import (
     GRID,
     TOPK,
     Candidates,
-    Options,
     Router,
+    RoutingOptions,
     Rule,
     WholeRowRouter,
     allowances,
@@ -124,7 +124,7 @@ class UniformRouter(Router):
 def _drawing(rule: Rule, router: type[Router], name: str, words: str) -> Rule:
     """A rule like another that draws by a hash."""
 
-    def make(config: Options, layer: int) -> Router:
+    def make(config: RoutingOptions, layer: int) -> Router:
         return DrawingRouter(router(), layer, config.routing_seed)
 
     return replace(rule, name=name, words=words, router=make, learned=False)

@@ -405,11 +405,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         """
         position_ids = kwargs.pop("position_ids", None)
         refuse_unknown(kwargs)
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and not keeps_all:
-            raise ValueError(f"logits_to_keep={logits_to_keep!r}: expected 0, since labels need every logit")
-        if labels is None and not return_logits:
-            raise ValueError("return_logits=False: expected labels, without which nothing would be left to return")
+        _check_labels(labels, logits_to_keep, return_logits)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -488,3 +484,11 @@ def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
 
 
 register_models(ThoughtbubblesModel, ThoughtbubblesForCausalLM)
+
+
+def _check_labels(labels: Tensor | None, logits_to_keep: int | Tensor, return_logits: bool) -> None:
+    keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if labels is not None and not keeps_all:
+        raise ValueError(f"logits_to_keep={logits_to_keep!r}: expected 0, since labels need every logit")
+    if labels is None and not return_logits:
+        raise ValueError("return_logits=False: expected labels, without which nothing would be left to return")

@@ -33,7 +33,7 @@ LEAK = "topk routing sees later tokens"
 """What is said of a rule that leaks, after the word."""
 
 
-class Options(Protocol):
+class RoutingOptions(Protocol):
     """What rules read of a model's configuration."""
 
     random_rule: str
@@ -109,14 +109,14 @@ class Rule:
 
     name: str
     words: str
-    router: Callable[[Options, int], Router] | None = None
+    router: Callable[[RoutingOptions, int], Router] | None = None
     learned: bool = False
     leaks: bool = False
     rounded: Callable[[Fraction, int], int] = floor_times
     memory: type[RouteMemory] = ForkMemory
-    copied_at: Callable[[Options], int] | None = None
+    copied_at: Callable[[RoutingOptions], int] | None = None
     with_vectors: bool = False
-    settled: "Callable[[Options], Rule] | None" = None
+    settled: "Callable[[RoutingOptions], Rule] | None" = None
 
     @property
     def is_dense(self) -> bool:
