@@ -244,7 +244,7 @@ def test_a_signal_ends_the_command_with_exit_code_0_and_the_next_start_goes_on(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(data=tiny_data.path, output=tmp_path / "run"))
-    command = [sys.executable, "-m", "thoughtbubbles", "train", str(recipe), "training.steps=100000"]
+    command = [*COMMAND, "train", str(recipe), "training.steps=100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if "step " in line:
