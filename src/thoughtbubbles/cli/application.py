@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 from typer.core import TyperCommand
 
 from thoughtbubbles.cli.data import make_task, prepare
@@ -49,7 +50,7 @@ def _say_version(asked: bool) -> None:
 def thoughtbubbles(
     ctx: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version, and exit.")
+        bool, Option("--version", callback=_say_version, is_eager=True, help="Say the version, and exit.")
     ] = False,
 ) -> None:
     """Language models that learn to fork and delete residual streams: parallel thinking in latent space."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from thoughtbubbles.cli.shared import QuietOption, with_options
 from thoughtbubbles.recipes.options import Preparation
@@ -12,7 +13,7 @@ from thoughtbubbles.support.errors import InputError
 
 SourcesArgument = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         help="Files of text or rows (.parquet, .jsonl, .json, .csv), packed ones (.gz, .zst and others) too; "
         "folders, globs; hf:NAME or hf:NAME?KEY=VALUE&KEY=VALUE, a dataset of the Hugging Face hub or a folder "
         "laid out like one, with the keys config, split (train), field, streaming (true), revision and "
@@ -22,26 +23,23 @@ SourcesArgument = Annotated[
     ),
 ]
 ValidationOption = Annotated[
-    list[str],
-    typer.Option(help="Source for validation, instead of held-out documents; repeatable.", show_default=False),
+    list[str], Option(help="Source for validation, instead of held-out documents; repeatable.", show_default=False)
 ]
 
 
 @with_options(Preparation, sources=SourcesArgument, validation=ValidationOption)
 def prepare(
-    output: Annotated[Path, typer.Argument(help="Folder to write: train, validation, tokenizer, manifest.json.")],
+    output: Annotated[Path, Argument(help="Folder to write: train, validation, tokenizer, manifest.json.")],
     given: dict[str, Any],
     recipe: Annotated[
-        Path | None,
-        typer.Option(help="YAML file with these options as keys; what the command line says goes before it."),
+        Path | None, Option(help="YAML file with these options as keys; what the command line says goes before it.")
     ] = None,
     num_proc: Annotated[
-        int | None, typer.Option(help="Threads that tokenise, by default one a core; the result is the same.")
+        int | None, Option(help="Threads that tokenise, by default one a core; the result is the same.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a folder prepared differently.")] = False,
+    overwrite: Annotated[bool, Option(help="Replace a folder prepared differently.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Prepare nothing: check every file of the folder by its manifest, and exit."),
+        bool, Option("--verify", help="Prepare nothing: check every file of the folder by its manifest, and exit.")
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -76,20 +74,17 @@ def _verify(folder: Path, quiet: bool) -> None:
 
 
 def make_task(
-    task: Annotated[str, typer.Argument(help="`arithmetic`, `kinship`, `lookup` or `recall`.")],
-    output: Annotated[Path, typer.Argument(help="New folder to write: train.jsonl, test.jsonl, tokenizer, task.json.")],
-    examples: Annotated[int, typer.Option(help="Rows to train on, as many of each difficulty.")] = 100_000,
+    task: Annotated[str, Argument(help="`arithmetic`, `kinship`, `lookup` or `recall`.")],
+    output: Annotated[Path, Argument(help="New folder to write: train.jsonl, test.jsonl, tokenizer, task.json.")],
+    examples: Annotated[int, Option(help="Rows to train on, as many of each difficulty.")] = 100_000,
     max_difficulty: Annotated[
-        int, typer.Option(help="The greatest difficulty, the least being 1: operators, facts, or keys.")
+        int, Option(help="The greatest difficulty, the least being 1: operators, facts, or keys.")
     ] = 6,
     test_examples: Annotated[
         int | None,
-        typer.Option(
-            help="Rows to test on of each difficulty; if not given, 500, and fewer where there are not so many.",
-            show_default=False,
-        ),
+        Option(help="Rows to test on of each difficulty; if not given, 500, and fewer where there are not so many."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the rows; none tests on what another trains on.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the rows; none tests on what another trains on.")] = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Generate a procedural task: questions of graded difficulty whose answers are computed.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from thoughtbubbles.cli.shared import (
     MOST_ROWS,
@@ -17,7 +18,9 @@ from thoughtbubbles.cli.shared import (
     QuietOption,
     TextFieldOption,
     bad_input,
+    check_budget,
     check_vocabulary,
+    open_validation,
     say_written,
 )
 from thoughtbubbles.support.files import json_text
@@ -34,7 +37,7 @@ def perplexity(
     model: ModelArgument,
     data: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="Folder that `thoughtbubbles prepare` wrote, of which the validation split is taken, or a file of "
             "text or rows."
         ),
@@ -42,29 +45,27 @@ def perplexity(
     text_field: TextFieldOption = "text",
     mode: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="`blockwise`: one forward over a block. `prefix`: each prediction from its prefix alone, about T / 2 "
-            "times the work. They agree but for routing topk, which leaks. If not given, blockwise; both for topk.",
-            show_default=False,
+            "times the work. They agree but for routing topk, which leaks. If not given, blockwise; both for topk."
         ),
     ] = None,
     budget: BudgetOption = None,
     budget_rule: Annotated[
-        str, typer.Option(help="In prefix mode: `proportional` to the prefix or `fixed`, as for a whole block.")
+        str, Option(help="In prefix mode: `proportional` to the prefix or `fixed`, as for a whole block.")
     ] = "proportional",
-    blocks: Annotated[int | None, typer.Option(help="Only so many blocks, evenly spaced.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1, max=MOST_ROWS)] = 16,
+    blocks: Annotated[int | None, Option(help="Only so many blocks, evenly spaced.", min=1)] = None,
+    batch_size: Annotated[int, Option(help="Blocks at a time.", min=1, max=MOST_ROWS)] = 16,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model's perplexity on validation blocks, per token, byte and word."""
     from thoughtbubbles.evaluation.perplexity import TextSize, check_options, evaluate_perplexity
-    from thoughtbubbles.model.budget import parse_budget
     from thoughtbubbles.model.loading import load_model
     from thoughtbubbles.support.progress import stage
 
     with bad_input():
         check_options(mode or "blockwise", budget_rule)
-        parse_budget(budget or 1)
+    check_budget(budget)
     rows, tokenizer = _validation_blocks(data, model, blocks, text_field)
     size = TextSize.of(tokenizer, rows)
     loaded = load_model(model)
@@ -85,9 +86,8 @@ def _validation_blocks(
     data: Path, model: str, count: int | None, text_field: str
 ) -> "tuple[Tensor, PreTrainedTokenizerBase]":
     """`count` blocks [n, T] of prepared data or of a file, evenly spaced, and the tokenizer that made them."""
-    from thoughtbubbles.data import load_prepared
     from thoughtbubbles.evaluation.perplexity import read_blocks
-    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_config, load_tokenizer
+    from thoughtbubbles.model.loading import load_config, load_tokenizer
     from thoughtbubbles.support.sampling import spread
 
     if data.is_file():
@@ -95,12 +95,7 @@ def _validation_blocks(
         check_vocabulary(config.vocab_size, len(own), data)
         found = read_blocks(data, own, config.max_position_embeddings, text_field)
         return found[spread(len(found), count)], own
-    prepared = load_prepared(data)
-    tokenizer = prepared.tokenizer()
-    check_vocabulary(load_config(model).vocab_size, prepared.manifest.vocab_size, data)
-    check_tokenizer(model, tokenizer, str(data))
-    check_start(model, tokenizer, str(data))
-    rows: Tensor = prepared.validation[spread(len(prepared.validation), count)]["input_ids"]
+    _, tokenizer, rows = open_validation(data, model, count)
     return rows, tokenizer
 
 
@@ -125,35 +120,26 @@ def evaluate(
     model: ModelArgument,
     tasks: Annotated[
         str,
-        typer.Option(
-            help="With commas between: lambada, hellaswag, blimp, piqa, arc_easy, arc_challenge, gsm8k, wikitext."
-        ),
+        Option(help="With commas between: lambada, hellaswag, blimp, piqa, arc_easy, arc_challenge, gsm8k, wikitext."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the results; made again, a call goes on where it stopped.")],
+    output: Annotated[Path, Option(help="Folder of the results; made again, a call goes on where it stopped.")],
     data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the files of the tasks; without, the Hugging Face hub.", show_default=False),
+        Path | None, Option(help="Folder with the files of the tasks; without, the Hugging Face hub.")
     ] = None,
-    tier: Annotated[str, typer.Option(help="How many documents: `smoke`, `small` or `full`.")] = "small",
+    tier: Annotated[str, Option(help="How many documents: `smoke`, `small` or `full`.")] = "small",
     limit: Annotated[
-        int | None,
-        typer.Option(help="Documents of each task, evenly spread, in place of the tier's.", min=1, show_default=False),
+        int | None, Option(help="Documents of each task, evenly spread, in place of the tier's.", min=1)
     ] = None,
     budget: BudgetsOption = None,
     num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            help="Worked examples before each document, in place of the task's own number.", min=0, show_default=False
-        ),
+        int | None, Option(help="Worked examples before each document, in place of the task's own number.", min=0)
     ] = None,
     no_cache: Annotated[
-        bool,
-        typer.Option("--no-cache", help="Recompute the prefix for every generated token: the paper's rule for topk."),
+        bool, Option("--no-cache", help="Recompute the prefix for every generated token: the paper's rule for topk.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Texts at a time; no score depends on it.", min=1, max=MOST_ROWS)] = 8,
+    batch_size: Annotated[int, Option(help="Texts at a time; no score depends on it.", min=1, max=MOST_ROWS)] = 8,
     against: Annotated[
-        Path | None,
-        typer.Option(help="Results of another model to compare with, document by document.", show_default=False),
+        Path | None, Option(help="Results of another model to compare with, document by document.")
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -203,19 +189,14 @@ def _plot_budgets(folder: "EvaluationFolder", output: Path, title: str) -> None:
 def exact_match(
     model: ModelArgument,
     rows: Annotated[
-        Path, typer.Argument(help="Questions: a .jsonl or .parquet file of rows with prompt, answer and difficulty.")
+        Path, Argument(help="Questions: a .jsonl or .parquet file of rows with prompt, answer and difficulty.")
     ],
     budget: BudgetsOption = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only so many rows of each difficulty, evenly spread.", min=1, show_default=False)
-    ] = None,
+    limit: Annotated[int | None, Option(help="Only so many rows of each difficulty, evenly spread.", min=1)] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for exact_match.json, answers.jsonl and exact_match.png.", show_default=False),
+        Path | None, Option(help="Folder for exact_match.json, answers.jsonl and exact_match.png.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Questions at a time; no answer depends on it.", min=1, max=MOST_ROWS)
-    ] = 64,
+    batch_size: Annotated[int, Option(help="Questions at a time; no answer depends on it.", min=1, max=MOST_ROWS)] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how many questions a model answers exactly, by difficulty and budget.

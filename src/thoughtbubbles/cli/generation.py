@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from thoughtbubbles.cli.shared import (
     BudgetOption,
@@ -16,7 +17,8 @@ from thoughtbubbles.cli.shared import (
     ModelArgument,
     TextFieldOption,
     bad_input,
-    check_vocabulary,
+    check_budget,
+    open_validation,
     say_written,
 )
 from thoughtbubbles.support.errors import InputError
@@ -29,42 +31,41 @@ if TYPE_CHECKING:
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; empty starts a new document.")] = None,
+    prompt: Annotated[str | None, Option(help="Text to continue; empty starts a new document.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="File that holds the prompt, or one in each row of .jsonl, .json, .csv or .parquet; without either, "
             "standard input does."
         ),
     ] = None,
     text_field: TextFieldOption = "text",
-    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass.", min=0, max=1)] = 1.0,
+    interactive: Annotated[bool, Option("--interactive", help="Ask for prompts until end of input.")] = False,
+    max_new_tokens: Annotated[int, Option(help="Tokens to generate at most.", min=1)] = 100,
+    temperature: Annotated[float, Option(help="0 is greedy.", min=0)] = 0.8,
+    top_k: Annotated[int, Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
+    top_p: Annotated[float, Option(help="Sample among the likeliest tokens of this mass.", min=0, max=1)] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Sample among tokens of at least this share of the likeliest's.", min=0, max=1)
+        float, Option(help="Sample among tokens of at least this share of the likeliest's.", min=0, max=1)
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.", min=0.01)] = 1.0,
+    repetition_penalty: Annotated[float, Option(help="Above 1: repeat less.", min=0.01)] = 1.0,
     budget: BudgetOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
     show_bubbles: Annotated[
-        bool, typer.Option("--show-bubbles", help="Afterwards mark each token with the streams it ended with.")
+        bool, Option("--show-bubbles", help="Afterwards mark each token with the streams it ended with.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not the text as it comes.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, not the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
     from thoughtbubbles.evaluation.generation import Sampling, generate_text
     from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
-    from thoughtbubbles.model.budget import parse_budget
     from thoughtbubbles.model.loading import load_model, load_tokenizer
     from thoughtbubbles.recipes.values import check_seed
     from thoughtbubbles.support.text import token_pieces
 
     check_seed("--seed", seed, InputError)
+    check_budget(budget)
     with bad_input():
-        parse_budget(budget or 1)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     tokenizer, loaded = load_tokenizer(model), load_model(model)
     for text in _prompts(prompt, file, text_field, interactive):
@@ -121,36 +122,29 @@ def _check_text(name: str, text: str) -> None:
 
 def inspect(
     model: ModelArgument,
-    text: Annotated[str | None, typer.Option(help="A text to trace.", show_default=False)] = None,
+    text: Annotated[str | None, Option(help="A text to trace.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Or a folder that `thoughtbubbles prepare` wrote: statistics over its validation split."),
+        Option(help="Or a folder that `thoughtbubbles prepare` wrote: statistics over its validation split."),
     ] = None,
     budget: BudgetOption = None,
     token: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="With --text: the token whose family tree is drawn, counted from 0, which is the separator in front; "
-            "if not given, the one with the largest bubble.",
-            show_default=False,
+            "if not given, the one with the largest bubble."
         ),
     ] = None,
-    blocks: Annotated[
-        int | None, typer.Option(help="With --data: only so many blocks, evenly spaced.", min=1, show_default=False)
-    ] = None,
+    blocks: Annotated[int | None, Option(help="With --data: only so many blocks, evenly spaced.", min=1)] = None,
     reference: Annotated[
-        str | None,
-        typer.Option(help="With --data: a dense model that measures entropy and surprisal too.", show_default=False),
+        str | None, Option(help="With --data: a dense model that measures entropy and surprisal too.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for pictures (PNG and SVG), JSON and the trace (Parquet).", show_default=False),
+        Path | None, Option(help="Folder for pictures (PNG and SVG), JSON and the trace (Parquet).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """See where a model thinks: in one text, or on average over a corpus."""
-    from thoughtbubbles.model.budget import parse_budget
-
     if (text is None) == (data is None):
         raise InputError("--text, --data: expected exactly one of them")
     misplaced = [("--token", token, data), ("--blocks", blocks, text), ("--reference", reference, text)]
@@ -158,8 +152,7 @@ def inspect(
         if value is not None and other is not None:
             raise InputError(f"{name}={value}: expected it with {'--text' if name == '--token' else '--data'} alone")
     _check_text("--text", text or "")
-    with bad_input():
-        parse_budget(budget or 1)
+    check_budget(budget)
     from thoughtbubbles.inspection.report import MARKS
     from thoughtbubbles.support.folders import output_folder
 
@@ -200,31 +193,19 @@ def _inspect_data(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    from thoughtbubbles.data import load_prepared
-    from thoughtbubbles.inspection.report import (
-        WORD_BLOCKS,
-        check_reference,
-        show_statistics,
-        write_statistics,
-    )
+    from thoughtbubbles.inspection.report import WORD_BLOCKS, check_reference, show_statistics, write_statistics
     from thoughtbubbles.inspection.survey import gather_statistics
     from thoughtbubbles.inspection.words import count_words
-    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_model
+    from thoughtbubbles.model.loading import check_tokenizer, load_model
     from thoughtbubbles.support.progress import stage
-    from thoughtbubbles.support.sampling import spread
 
-    prepared = load_prepared(data)
+    prepared, tokenizer, rows = open_validation(data, model, blocks)
     loaded = load_model(model)
-    check_vocabulary(loaded.config.vocab_size, prepared.manifest.vocab_size, data)
-    tokenizer = prepared.tokenizer()
-    check_tokenizer(model, tokenizer, str(data))
-    check_start(model, tokenizer, str(data))
     independent = None
     if reference is not None:
         independent = load_model(reference)
         check_reference(loaded, independent, reference)
         check_tokenizer(reference, tokenizer, str(data))
-    rows = prepared.validation[spread(len(prepared.validation), blocks)]["input_ids"]
     words = count_words(tokenizer, prepared.train[:WORD_BLOCKS]["input_ids"].tolist())
     with stage("inspecting", rows.numel(), enabled=not as_json) as bar:
         note = partial(bar.advance, note="tokens")
@@ -239,15 +220,10 @@ def _inspect_data(
 
 def demo(
     model: ModelArgument,
-    other: Annotated[str | None, typer.Argument(help="A second model, shown beside the first.")] = None,
+    other: Annotated[str | None, Argument(help="A second model, shown beside the first.")] = None,
     port: Annotated[
         int | None,
-        typer.Option(
-            help="Port of this machine; if not given, the first free one from 7860 on.",
-            min=1,
-            max=65535,
-            show_default=False,
-        ),
+        Option(help="Port of this machine; if not given, the first free one from 7860 on.", min=1, max=65535),
     ] = None,
 ) -> None:
     """Open a page that shows a model think: its bubbles, token by token, at any budget.

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from typer import Argument
 
 from thoughtbubbles.cli.shared import BudgetOption, JsonOption, with_options
 from thoughtbubbles.recipes.options import PlanOptions
@@ -13,8 +14,7 @@ from thoughtbubbles.support.files import json_text
 @with_options(PlanOptions, budget=BudgetOption)
 def plan(
     config: Annotated[
-        str,
-        typer.Argument(help="A preset, such as nano, 150m or 1.9b, a recipe (.yaml), or the folder of a model or run."),
+        str, Argument(help="A preset, such as nano, 150m or 1.9b, a recipe (.yaml), or the folder of a model or run.")
     ],
     given: dict[str, Any],
     as_json: JsonOption = False,

@@ -6,32 +6,37 @@ from contextlib import contextmanager
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from thoughtbubbles.support.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from thoughtbubbles.data import PreparedData
 
 # Of a batch: more than any memory holds.
 MOST_ROWS = 1 << 20
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="A trained model: the folder of a run, its model/ folder, one that save_pretrained wrote, or a hub name."
     ),
 ]
 BudgetOption = Annotated[
-    str | None,
-    typer.Option(help="Streams per token, such as 1, 1.5 or 2; if not given, the model's own.", show_default=False),
+    str | None, Option(help="Streams per token, such as 1, 1.5 or 2; if not given, the model's own.")
 ]
 BudgetsOption = Annotated[
-    str | None,
-    typer.Option(help="Streams per token, such as 2 or 1,1.5,2; if not given, the model's.", show_default=False),
+    str | None, Option(help="Streams per token, such as 2 or 1,1.5,2; if not given, the model's.")
 ]
-TextFieldOption = Annotated[str, typer.Option(help="Field of rows that holds the text.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TextFieldOption = Annotated[str, Option(help="Field of rows that holds the text.")]
+QuietOption = Annotated[bool, Option("--quiet", help="No progress display.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 def with_options(section: type[Any], **hints: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -62,7 +67,7 @@ def with_options(section: type[Any], **hints: Any) -> Callable[[Callable[..., No
 
 
 def _option_of(field: Field[Any]) -> Any:
-    return Annotated[field.type, typer.Option(help=field.metadata["help"])]
+    return Annotated[field.type, Option(help=field.metadata["help"])]
 
 
 def _keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -84,6 +89,30 @@ def bad_input() -> Iterator[None]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def check_budget(budget: str | None) -> None:
+    """Check that a budget that was given is one."""
+    from thoughtbubbles.model.budget import parse_budget
+
+    with bad_input():
+        parse_budget(budget or 1)
+
+
+def open_validation(
+    data: Path, model: str, count: int | None
+) -> "tuple[PreparedData, PreTrainedTokenizerBase, Tensor]":
+    """Prepared data that a model can read, their tokenizer, and `count` blocks [n, T] of validation, evenly spaced."""
+    from thoughtbubbles.data import load_prepared
+    from thoughtbubbles.model.loading import check_start, check_tokenizer, load_config
+    from thoughtbubbles.support.sampling import spread
+
+    prepared = load_prepared(data)
+    tokenizer = prepared.tokenizer()
+    check_vocabulary(load_config(model).vocab_size, prepared.manifest.vocab_size, data)
+    check_tokenizer(model, tokenizer, str(data))
+    check_start(model, tokenizer, str(data))
+    return prepared, tokenizer, prepared.validation[spread(len(prepared.validation), count)]["input_ids"]
 
 
 def check_vocabulary(model_size: int, data_size: int, data: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from thoughtbubbles.cli.shared import QuietOption
 from thoughtbubbles.support.errors import RunError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 VerifyOption = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--verify",
         help="Check every file of prepared data against its manifest first; without, once after each change, below "
         "20 GB.",
@@ -32,7 +33,7 @@ def _help_recipe(describe: Callable[[], str]) -> Any:
             typer.echo(describe())
             raise typer.Exit
 
-    return typer.Option("--help-recipe", callback=say, is_eager=True, help="Say what a recipe may hold, and exit.")
+    return Option("--help-recipe", callback=say, is_eager=True, help="Say what a recipe may hold, and exit.")
 
 
 def _describe_recipe() -> str:
@@ -48,9 +49,9 @@ def _describe_comparison() -> str:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file with the sections model, data and training.")],
+    recipe: Annotated[Path, Argument(help="Recipe, a YAML file with the sections model, data and training.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, such as training.learning_rate=3e-4.")
+        list[str] | None, Argument(help="section.key=value, such as training.learning_rate=3e-4.")
     ] = None,
     verify: VerifyOption = False,
     quiet: QuietOption = False,
@@ -93,16 +94,15 @@ def _last_word() -> bool:
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="Recipe of a comparison, such as recipes/compare/books.yaml.")],
+    recipe: Annotated[Path, Argument(help="Recipe of a comparison, such as recipes/compare/books.yaml.")],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="section.key=value or key=value, such as training.steps=100 or 'seeds=[0, 1]'."),
+        list[str] | None, Argument(help="section.key=value or key=value, such as training.steps=100 or 'seeds=[0, 1]'.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores, or a GPU.", min=1)] = 1,
+    jobs: Annotated[int, Option(help="Runs at a time; each has its share of the cores, or a GPU.", min=1)] = 1,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Train nothing: report what is finished so far.")
+        bool, Option("--report-only", help="Train nothing: report what is finished so far.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and exit.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be trained, and exit.")] = False,
     verify: VerifyOption = False,
     quiet: QuietOption = False,
     _help: Annotated[bool, _help_recipe(_describe_comparison)] = False,
