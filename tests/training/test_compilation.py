@@ -15,6 +15,7 @@ from tests.helpers import random_ids, tiny_model
 from tests.run_fixtures import tiny_recipe
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import trainer
 from thoughtbubbles.training.run import train
@@ -60,6 +61,7 @@ def evaluated(model: ThoughtbubblesForCausalLM, ids: Tensor) -> Tensor:
         ("topk", [1.5, 2]),
         ("threshold", [1.5, 2]),
         ("none", [1]),
+        pytest.param("looped", [1], marks=long),
         pytest.param("random", [1.5, 2], marks=long),
         pytest.param("uniform", [1.5, 2], marks=long),
         pytest.param("copy", [1, 2], marks=long),
@@ -71,7 +73,9 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     routing: str, budgets: list[float], checkpointing: bool, graphs: CompileCounterWithBackend
 ) -> None:
     shape: dict[str, Any] = {"routing": routing, "num_hidden_layers": 2, "budget": 2}
-    shape["fork_layers"] = [1] if routing not in ("none", "copy", "pause") else []
+    if routing == "looped":
+        shape |= {"routing": "none", "num_loops": 2}
+    shape["fork_layers"] = [1] if RULES[shape["routing"]].router is not None else []
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     if checkpointing:
         for model in (eager, compiled):
@@ -113,12 +117,20 @@ def test_a_compiled_run_is_that_of_the_model(
 
 
 @pytest.mark.parametrize(
-    "routing", ["causal", "threshold", pytest.param("topk", marks=long), pytest.param("random", marks=long)]
+    "rules",
+    [
+        {"routing": "causal"},
+        {"routing": "threshold"},
+        pytest.param({"routing": "topk"}, marks=long),
+        pytest.param({"routing": "random"}, marks=long),
+        pytest.param({"routing": "none", "num_loops": 2}, marks=long),
+    ],
+    ids=str,
 )
 def test_blocks_compiled_by_themselves_compute_what_the_model_does(
-    routing: str, graphs: CompileCounterWithBackend
+    rules: dict[str, Any], graphs: CompileCounterWithBackend
 ) -> None:
-    shape: dict[str, Any] = {"num_hidden_layers": 4, "fork_layers": [1, 2], "budget": 2, "routing": routing}
+    shape: dict[str, Any] = {"num_hidden_layers": 4, "fork_layers": [1, 2], "budget": 2, **rules}
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     compile_model(compiled, "blocks", backend=graphs)
     for step in (1, 2, 3):

@@ -152,11 +152,18 @@ def test_a_run_of_one_process_goes_on_divided_over_two(tmp_path: Path, tiny_run:
 
 @pytest.mark.long
 @pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ["model.tie_word_embeddings=false", "training.gradient_checkpointing=true", "data.eval_blocks=5"],
+        ["model.routing=none", "model.num_loops=2"],
+    ],
+    ids=["untied", "looped"],
+)
 def test_gradients_that_accumulate_are_those_of_the_whole_batch(
-    tmp_path: Path, tiny_data: PreparedData, sharding: str
+    tmp_path: Path, tiny_data: PreparedData, sharding: str, shape: list[str]
 ) -> None:
-    """Untied, checkpointed, and with an evaluation in which one process has fewer rows than the other."""
-    shape = ["model.tie_word_embeddings=false", "training.gradient_checkpointing=true", "data.eval_blocks=5"]
+    """Untied, checkpointed, and with an evaluation in which one process has fewer rows than the other; and looped."""
     (tmp_path / "one").mkdir()
     train(tiny_recipe(tmp_path / "one", tiny_data.path, *shape), progress=False)
     run(tmp_path, tiny_data.path, 2, *shape, "training.micro_batch_size=1", f"training.sharding={sharding}")
