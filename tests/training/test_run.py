@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data import DataError, PreparedData, prepare
-from thoughtbubbles.data.feed import rundata as rundata_module
+from thoughtbubbles.data.feed import blocks as blocks_module
 from thoughtbubbles.data.feed.blocks import collate_blocks
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.feed.mixture import BlockPlace
@@ -118,7 +118,7 @@ def test_variants_of_a_seed_see_the_same_blocks(tmp_path: Path, tiny_data: Prepa
             return collate_blocks(blocks)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rundata_module, "collate_blocks", collate)
+            patch.setattr(blocks_module, "collate_blocks", collate)
             overrides = (f"model.routing={routing}", "training.steps=3", "training.eval_every=9")
             train(tiny_recipe(tmp_path / routing, tiny_data.path, *overrides), progress=False)
     assert all(torch.equal(*pair) for pair in zip(seen["causal"][:3], seen["none"][:3], strict=True))

@@ -17,11 +17,11 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError
+from thoughtbubbles.support import machine as machine_module
 from thoughtbubbles.support.errors import InputError, RunError
 from thoughtbubbles.support.machine import choose_precision, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import checkpoints, memory
-from thoughtbubbles.training import precision as precision_module
 from thoughtbubbles.training import run as run_module
 from thoughtbubbles.training.checkpoints import sealed
 from thoughtbubbles.training.folder import read_facts
@@ -311,7 +311,7 @@ def test_a_gpu_is_asked_for_bfloat16_without_emulation(monkeypatch: pytest.Monke
 
 
 def machine_with(patch: pytest.MonkeyPatch, bfloat16: bool) -> None:
-    for module in (precision_module, run_module):
+    for module in (machine_module, run_module):
         patch.setattr(module, "has_bfloat16", lambda _device: bfloat16)
 
 
