@@ -12,8 +12,9 @@ from hypothesis import settings
 
 pytest_plugins = ["tests.run_fixtures"]
 
-# The tests run in as many processes as there are cores.
+# The tests run in as many processes as there are cores; what they start has as few threads.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _EMPTY, _EMPTY_STRIDED = torch.empty, torch.empty_strided
 

@@ -25,6 +25,7 @@ from thoughtbubbles.model.accounting import (
     tokens_at_equal_flops,
     training_flops,
 )
+from thoughtbubbles.model.attention import attenuated_width
 from thoughtbubbles.model.cache import StreamCache
 from thoughtbubbles.model.configuration import MERGES, PRESETS
 from thoughtbubbles.model.memory import BLOCK
@@ -100,11 +101,12 @@ def test_flops_are_what_torch_counts(routing: str, budget: float, merge: str, le
 
 
 @pytest.mark.parametrize("budget", [1, 1.5, 4])
-def test_flops_leave_out_the_channel_of_the_attenuation(budget: float) -> None:
+def test_flops_leave_out_the_channels_of_the_attenuation(budget: float) -> None:
     config = ThoughtbubblesConfig(**SHAPE, budget=budget, attenuation="paper")
     model, ids = ThoughtbubblesForCausalLM(config), torch.randint(61, (2, 17))
-    channel = sum(4 * config.num_attention_heads * width**2 for width in layer_widths(config, 17)[1:])
-    assert counted_flops(model, ids) == 2 * (forward_flops(config, 17) + channel - gate_flops(config, 17))
+    each = attenuated_width(config.head_dim, 4, "cpu") - config.head_dim
+    channels = each * sum(4 * config.num_attention_heads * width**2 for width in layer_widths(config, 17)[1:])
+    assert counted_flops(model, ids) == 2 * (forward_flops(config, 17) + channels - gate_flops(config, 17))
 
 
 def test_budget_of_a_call_goes_before_the_configured_one() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import random_ids, tiny_model
-from thoughtbubbles.model.attention import attenuated_attention, rotary_angles, rotate
+from thoughtbubbles.model.attention import attenuate, attenuated_attention, rotary_angles, rotate
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -220,17 +220,19 @@ def test_fused_kernel_agrees_with_the_unfused_one() -> None:
 
 @pytest.mark.usefixtures("channels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_widths_that_gpus_want_change_no_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_that_kernels_want_change_no_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, log_score = random_inputs(9, dtype=dtype)
-    plain = attenuated_attention(q, k, v, log_score, "paper")
     widths: list[int] = []
-    fused = F.scaled_dot_product_attention
+    fused, scale = F.scaled_dot_product_attention, q.shape[-1] ** -0.5
 
     def watch(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
         widths.extend(x.shape[-1] for x in (q, k, v))
         return fused(q, k, v, **arguments)
 
-    monkeypatch.setattr("thoughtbubbles.model.attention._width_multiple", lambda device: 8)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    assert torch.allclose(attenuated_attention(q, k, v, log_score, "paper"), plain, atol=1e-6, rtol=0)
+    found = attenuated_attention(q, k, v, log_score, "paper")
+    narrow = attenuate(q, k, v, log_score, "paper", scale, cached=True)
+    plain = fused(*narrow, is_causal=True, scale=scale)[..., : q.shape[-1]]
+    assert torch.allclose(found, plain, atol=1e-6, rtol=0)
     assert widths == [16, 16, 16]
+    assert narrow[1].shape[-1] == q.shape[-1] + (2 if dtype == torch.bfloat16 else 1)

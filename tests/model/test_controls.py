@@ -1,6 +1,7 @@
 """The controls: the hash of `random` and `uniform`, the streams of `copy` and `pause` (method: Controls)."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def test_draws_of_a_row_do_not_depend_on_the_batch(batch: list[list[int]], seed:
 # --- The models: causality, budget, batch ---
 
 
+@lru_cache(maxsize=8)
+def still_model(seed: int, **rules: Any) -> ThoughtbubblesForCausalLM:
+    """One that no test changes, made once for all the examples of a test."""
+    return tiny_model(seed, **rules)
+
+
 def logits_and_streams(model: ThoughtbubblesForCausalLM, ids: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
     with torch.no_grad():
         out = model(ids, output_streams=True, **arguments)
@@ -120,7 +127,7 @@ def logits_and_streams(model: ThoughtbubblesForCausalLM, ids: Tensor, **argument
 @given(length=st.integers(2, 17), data=st.data())
 def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
-    ids, model = random_ids(2, length, seed=length), tiny_model(**rules)
+    ids, model = random_ids(2, length, seed=length), still_model(0, **rules)
     changed = torch.cat([ids[:, :prefix], random_ids(2, length - prefix, seed=99)], dim=1)
     before, after = (logits_and_streams(model, each)[0] for each in (ids, changed))
     assert torch.equal(before[:, :prefix], after[:, :prefix])
@@ -130,7 +137,7 @@ def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], le
 @given(length=st.integers(2, 17), data=st.data())
 def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
-    ids, model = random_ids(2, length, seed=length), tiny_model(**rules)
+    ids, model = random_ids(2, length, seed=length), still_model(0, **rules)
     whole, part = (logits_and_streams(model, each)[0] for each in (ids, ids[:, :prefix]))
     assert torch.allclose(part, whole[:, :prefix], rtol=0, atol=1e-5)
 
@@ -140,7 +147,7 @@ def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, 
 def test_roots_order_and_budget_of_every_prefix(rules: dict[str, Any], length: int, seed: int) -> None:
     mask = padding_mask("holes", 3, length)
     assert mask is not None
-    _, trail = logits_and_streams(tiny_model(seed, **rules), random_ids(3, length), attention_mask=mask)
+    _, trail = logits_and_streams(still_model(seed, **rules), random_ids(3, length), attention_mask=mask)
     for streams in trail:
         assert torch.equal(streams.is_root.sum(1), mask.sum(1))
         assert (streams.token.diff(dim=1) >= 0).all()

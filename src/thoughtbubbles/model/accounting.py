@@ -232,7 +232,7 @@ def cache_bytes(
     entering = [context, *layer_widths(config, context, budget)]
     total = 0
     for layer, width in enumerate(entering[1:]):
-        total += width * (2 * _head_channels(config, layer, precision, device) * item_bytes(precision) + 8)
+        total += width * (2 * _head_channels(config, layer, precision, device, cached=True) * item_bytes(precision) + 8)
         if layer in config.gated_layers:
             total += config.rule.memory.planned_bytes(2 * entering[layer] - context, width - context)
     return total
@@ -383,11 +383,11 @@ def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int) -> int
     return width * (config.hidden_size + 1) * WIDE
 
 
-def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> int:
+def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, device: str, cached: bool = False) -> int:
     """H times the width of a head as it enters the product of attention."""
     width = config.head_dim
     if config.attenuation == "paper" and _is_scored(config, layer):
-        width = attenuated_width(width, item_bytes(precision), device)
+        width = attenuated_width(width, item_bytes(precision), device, cached)
     return config.num_attention_heads * width
 
 

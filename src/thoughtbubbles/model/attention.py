@@ -56,7 +56,7 @@ def attenuated_attention(
     if bias is not None:
         v = _weigh(v, bias)
     elif log_score is not None:
-        q, k, v = attenuate(q, k, v, log_score, rule, scale)
+        q, k, v = attenuate(q, k, v, log_score, rule, scale, cached=memory is not None)
     if blocked:
         return blocked_attention(q, k, v, bias, scale)
     mask, is_causal = None, True
@@ -69,7 +69,7 @@ def attenuated_attention(
 
 
 def attenuate(
-    q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str, scale: float
+    q: Tensor, k: Tensor, v: Tensor, log_score: Tensor, rule: str, scale: float, cached: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v whose plain product, scaled by `scale`, is the attenuated one; `paper` widens them."""
     v = _weigh(v, log_score)
@@ -80,7 +80,7 @@ def attenuate(
     channels = _bias_channels(log_score / scale, k)
     width = channels.shape[-1]
     # The fused kernels want values as wide as keys.
-    spare = attenuated_width(k.shape[-1], k.dtype.itemsize, k.device.type) - k.shape[-1] - width
+    spare = attenuated_width(k.shape[-1], k.dtype.itemsize, k.device.type, cached) - k.shape[-1] - width
     # Joined at once, since padding would copy once more, and once more backward.
     zeros = k.new_zeros(()).expand(*k.shape[:-1], width + spare)
     q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], width), zeros[..., :spare]], dim=-1)
@@ -91,15 +91,11 @@ def _weigh(v: Tensor, log_score: Tensor) -> Tensor:
     return v * log_score.exp().to(v.dtype)[:, None, :, None]
 
 
-def attenuated_width(head_dim: int, itemsize: int, device: str) -> int:
+def attenuated_width(head_dim: int, itemsize: int, device: str, cached: bool = False) -> int:
     """Channels of a head, as `paper` widens it, in keys and values of `itemsize` bytes a number on a type of device."""
     widened = head_dim + (2 if itemsize == 2 else 1)
-    return widened + -widened % _width_multiple(device)
-
-
-def _width_multiple(device: str) -> int:
-    """What the fused kernels of a type of device want the width of a head to be a multiple of."""
-    return 8 if device == "cuda" else 1
+    # A GPU's fused kernels want a multiple of 8, a processor's are faster at one; a cache there has no room to spare.
+    return widened if cached and device == "cpu" else widened + -widened % 8
 
 
 def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:
