@@ -62,7 +62,7 @@ def test_memory_that_runs_out_at_the_start_leaves_nothing(
     recipe = tiny_recipe(tmp_path, tiny_data.path, f"training.output={tmp_path}/deep/down/run")
     with monkeypatch.context() as patch:
         patch.setattr(ThoughtbubblesForCausalLM, "forward", raising(error))
-        patch.setattr(memory, "host_memory", lambda: 1_100_000.0)
+        patch.setattr(memory, "host_memory", lambda: 1_200_000.0)
         with pytest.raises(
             RecipeError, match=r"training\.micro_batch_size=4 takes .*; at most 1 fits, 2 with"
         ) as caught:
