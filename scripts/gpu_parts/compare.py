@@ -23,7 +23,7 @@ from gpu_parts.report import Report
 from thoughtbubbles.comparison.measuring import MEASUREMENTS_NAME
 from thoughtbubbles.recipes.training import read_sections
 from thoughtbubbles.support.files import replacing, write_text
-from thoughtbubbles.training.folder import RUN_NAME
+from thoughtbubbles.training.folder import RECIPE_NAME, RUN_NAME
 from thoughtbubbles.training.run import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,9 @@ def take_over(done: Path, runs: Path, data: Path) -> None:
         target = runs / path.parent.relative_to(done)
         if not target.exists() and json.loads(path.read_text(encoding="utf-8"))["data"] == identity:
             shutil.copytree(path.parent, target)
+            recipe = yaml.safe_load((target / RECIPE_NAME).read_text(encoding="utf-8"))
+            recipe["data"]["path"], recipe["training"]["output"] = str(data), str(target)
+            write_text(target / RECIPE_NAME, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def train(command: list[str], seconds: float) -> None:

@@ -14,6 +14,11 @@ from types import ModuleType
 import psutil
 import pytest
 
+from tests.run_fixtures import tiny_recipe
+from thoughtbubbles.data import PreparedData
+from thoughtbubbles.data.feed.loading import load_run_data
+from thoughtbubbles.training.folder import check_same_run
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("facts", "correct", "training", "compare", "attention", "decoding")
 
@@ -225,3 +230,21 @@ def test_runs_are_taken_in_the_order_of_the_recipe(tmp_path: Path) -> None:
     assert next_runs(content, tmp_path) == {"seeds": [0, 1], "variants": dict.fromkeys("abcde")}
     finish("a1", "c1", "d1", "e1", "f1")
     assert next_runs(content, tmp_path) == {}
+
+
+def test_runs_of_another_machine_go_on_where_they_are_brought(
+    tmp_path: Path, tiny_run: Path, tiny_data: PreparedData
+) -> None:
+    from gpu_parts.compare import take_over
+
+    shutil.copytree(tiny_run, tmp_path / "done" / "dense" / "seed-0", ignore=shutil.ignore_patterns("checkpoints"))
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data.path, data)
+    take_over(tmp_path / "done", tmp_path / "runs", data)
+    taken = tmp_path / "runs" / "dense" / "seed-0"
+    (tmp_path / "recipe").mkdir()
+    recipe = tiny_recipe(tmp_path / "recipe", data, f"training.output={taken}")
+    check_same_run(recipe, load_run_data(recipe, progress=False), taken)
+    (tmp_path / "done" / "dense" / "seed-0" / "run.json").write_text('{"data": "other"}')
+    take_over(tmp_path / "done", tmp_path / "none", data)
+    assert not (tmp_path / "none").exists()
