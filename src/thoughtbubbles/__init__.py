@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.support import VERSION
+from thoughtbubbles.support import VERSION, imported
 
 if TYPE_CHECKING:
     from thoughtbubbles.inspection.trace import BubbleTrace, trace_bubbles
@@ -44,9 +44,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return imported(name, _HOMES, __name__)
 
 
 # The command imports its models when it needs them.

@@ -6,8 +6,9 @@ opens such a folder for training and evaluation.
 Importing this package is cheap: what a name needs is imported when it is asked for.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from thoughtbubbles.support import imported
 
 if TYPE_CHECKING:
     from thoughtbubbles.data.preparation.manifest import Manifest
@@ -43,6 +44,4 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"thoughtbubbles.{_HOMES[name]}"), name)
+    return imported(name, _HOMES, __name__)

@@ -3,6 +3,8 @@
 Shape letters: B batch, S kept entries of a row, M new candidates.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -76,16 +78,16 @@ class RowMemory:
         self.lengths = [self.lengths[row] for row in index.tolist()] if self.lengths else []
 
 
-class RouteMemory(RowMemory):
+class RouteMemory(RowMemory, ABC):
     """What a fork layer must remember of the past to route what follows; each router has one that it fills."""
 
     def __init__(self, *others: RowBuffer) -> None:
         super().__init__(RowBuffer(1), *others)
 
     @staticmethod
+    @abstractmethod
     def planned_bytes(optional: int, admitted: int) -> int:
         """Bytes for so many optional candidates of a row, some of them admitted."""
-        raise NotImplementedError
 
 
 class ForkMemory(RouteMemory):
