@@ -13,10 +13,9 @@ from tests.run_fixtures import BLOCK, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.loading import load_run_data
-from thoughtbubbles.model.accounting import cache_bytes, count_parameters, layer_widths, training_flops
+from thoughtbubbles.model.accounting import SHARDINGS, cache_bytes, count_parameters, layer_widths, training_flops
 from thoughtbubbles.planning.plan import Plan, make_plan, parse_bytes
 from thoughtbubbles.planning.table import closing_lines, costs_table, title
-from thoughtbubbles.recipes.training import SHARDINGS
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.training.meter import Meter
 from thoughtbubbles.training.run import RunSummary

@@ -5,8 +5,7 @@ from torch import nn
 
 from tests.run_fixtures import PROCESSES
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
-from thoughtbubbles.model.accounting import state_bytes
-from thoughtbubbles.training.memory import process_bytes
+from thoughtbubbles.model.accounting import process_bytes, state_bytes
 from thoughtbubbles.training.sharding import divide
 
 CONFIG = ThoughtbubblesConfig(

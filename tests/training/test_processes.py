@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.run_fixtures import tiny_recipe
 from thoughtbubbles.data import PreparedData
-from thoughtbubbles.recipes.training import SHARDINGS
+from thoughtbubbles.model.accounting import SHARDINGS
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import PREFIX
 from thoughtbubbles.training.run import RunSummary, train

@@ -23,8 +23,8 @@ from thoughtbubbles.support.files import LOCK_NAME, sole_user, write_text
 from thoughtbubbles.support.machine import keep_freed_memory
 from thoughtbubbles.support.metrics import last_metrics
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
+from thoughtbubbles.support.signals import stop_on_signals
 from thoughtbubbles.training.folder import METRICS_NAME, SUMMARY_NAME, read_facts
-from thoughtbubbles.training.interruption import stop_on_signals
 from thoughtbubbles.training.run import train
 from thoughtbubbles.training.trainer import DIVERGED_NAME
 

@@ -11,6 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from thoughtbubbles.model.accounting import (
+    SHARDINGS,
+    USABLE_MEMORY,
     ParameterCounts,
     activation_bytes,
     cache_bytes,
@@ -18,8 +20,10 @@ from thoughtbubbles.model.accounting import (
     dense_twin,
     forward_flops,
     item_bytes,
+    largest_micro_batch,
     layer_widths,
     parameter_counts,
+    process_bytes,
     tokens_at_equal_flops,
     training_flops,
 )
@@ -27,9 +31,7 @@ from thoughtbubbles.model.budget import MAX_TOKENS, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.planning.setup import Setup, at_budget, read_setup
 from thoughtbubbles.recipes.options import PlanOptions
-from thoughtbubbles.recipes.training import SHARDINGS
 from thoughtbubbles.support.errors import InputError, shown
-from thoughtbubbles.training.memory import USABLE_MEMORY, largest_micro_batch, process_bytes
 
 __all__ = ["make_plan"]
 

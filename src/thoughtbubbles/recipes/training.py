@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
@@ -44,7 +44,6 @@ __all__ = ["RecipeError", "load_recipe", "parse_recipe"]
 TASKS = ("pretrain", "sft")
 Precision = Literal["auto", "float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
-SHARDINGS: tuple[str, ...] = get_args(Sharding)
 MODEL_SOURCES = ("preset", "pretrained")
 BLOCK_SOURCES = ("path", "mixture", "stream")
 ONE_SOURCE = "expected either `path` or `mixture`, the folders that `thoughtbubbles prepare` wrote, or `stream`"

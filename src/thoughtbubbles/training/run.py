@@ -26,6 +26,7 @@ from thoughtbubbles.support.files import partial_path, read_as, replacing, write
 from thoughtbubbles.support.machine import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
+from thoughtbubbles.support.signals import StopRequest, interrupted, stop_on_signals
 from thoughtbubbles.support.text import document_ends, start_document
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay
 from thoughtbubbles.training.checkpoints import Checkpoint, newest_sound
@@ -38,7 +39,6 @@ from thoughtbubbles.training.folder import (
     opened,
     read_facts,
 )
-from thoughtbubbles.training.interruption import StopRequest, interrupted, stop_on_signals
 from thoughtbubbles.training.memory import TrainingMemory
 from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
 

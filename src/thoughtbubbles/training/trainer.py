@@ -26,10 +26,10 @@ from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.support.errors import RunError, RunInterrupted
 from thoughtbubbles.support.files import partial_path, replacing, write_text
 from thoughtbubbles.support.sampling import spread
+from thoughtbubbles.support.signals import StopRequest, interrupted
 from thoughtbubbles.training import states
 from thoughtbubbles.training.callbacks import ThresholdCallback
 from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, prune, seal, sealed
-from thoughtbubbles.training.interruption import StopRequest, interrupted
 from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, budget_of_step, peak_memory
 from thoughtbubbles.training.sharding import check_sharding, compile_model, divide, release, whole
 
