@@ -55,7 +55,7 @@ def starts(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, list[i
         "page": Exhibit("m", model, tokenizer).prompt("the river", 4)[0][:-count],
         "perplexity": read_blocks(folder / "text.txt", tokenizer, 64)[0, :-count].tolist(),
         "exact match": batch.prompts[0][:-count],
-        "sft": example.tokens[: example.border - count].tolist(),
+        "sft": example.tokens[: example.targets.argmax() - count].tolist(),
         "harness, scores": lm._encode_pair("the river", " of stone")[0][:-count],
         "harness, no context": [lm.prefix_token_id],
         "harness, prompts": lm.tok_batch_encode(["the river"])[0][0, :-count].tolist(),

@@ -1,10 +1,11 @@
-"""`task: sft`: fine-tuning on prompts and completions."""
+"""`task: sft`: fine-tuning on prompts and completions, and on conversations."""
 
 import json
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,13 +13,15 @@ from tests.helpers import tiny_model
 from tests.tokenizer_kinds import byte_level
 from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles import ThoughtbubblesForCausalLM
-from thoughtbubbles.data import PreparedData
+from thoughtbubbles.data import DataError, PreparedData
 from thoughtbubbles.data.feed.examples import collate_examples
+from thoughtbubbles.data.feed.joining import best_fit
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.data.feed.sft import Example, Examples, Template, read_examples
 from thoughtbubbles.data.tokenizer import load_data_tokenizer, save_tokenizer, train_tokenizer
 from thoughtbubbles.model.accounting import training_flops
+from thoughtbubbles.model.loading import load_tokenizer
 from thoughtbubbles.recipes.training import Recipe, RecipeError, load_recipe
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.metrics import read_metrics
@@ -73,7 +76,7 @@ def load(folder: Path, data: PreparedData, *overrides: str) -> RunData:
 
 
 def example(*tokens: int, border: int) -> Example:
-    return Example(torch.tensor(tokens, dtype=torch.int32).numpy(), border)
+    return Example(np.array(tokens, dtype=np.int32), np.arange(len(tokens)) >= border)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,8 @@ def test_examples_are_made_of_the_rows(tmp_path: Path, tiny_data: PreparedData) 
         number = int(data.samples.describe(index).rpartition("rows.jsonl, row ")[2]) - 1
         row = make_rows(40)[number]
         found = data.samples[index]
-        border = found.border
+        border = int(found.targets.argmax())
+        assert found.targets[border:].all()
         assert data.tokenizer.decode(found.tokens[1:border]) == f"{row['question']}?\n"
         assert data.tokenizer.decode(found.tokens[border:-1]) == f"{row['answer']} {number}"
         assert data.samples.length(index) == len(found.tokens) <= data.longest <= 40
@@ -126,7 +130,7 @@ def test_loss_is_the_mean_over_completions_padded_or_alone(tmp_path: Path, tiny_
     for row in rows:
         tokens = torch.from_numpy(row.tokens.astype("int64"))
         log_probs = model(tokens[None]).logits[0].log_softmax(-1)
-        losses += [-log_probs[place - 1, tokens[place]].item() for place in range(row.border, len(tokens))]
+        losses += [-log_probs[place - 1, tokens[place]].item() for place in np.flatnonzero(row.targets).tolist()]
     loss = model(**data.collate(rows)).loss.item()
     assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
@@ -306,3 +310,112 @@ def test_a_named_tokenizer_takes_over_what_the_model_was_trained_on(tmp_path: Pa
         assert tokenizer.convert_ids_to_tokens(int(first)) == start
         config = build_config(load_recipe(tmp_path / "recipe.yaml"), loaded)
         assert (config.bos_token_id, config.pad_token_id) == (first, tokenizer.eos_token_id)
+
+
+CHAT_TEMPLATE = Path(__file__).parents[2] / "recipes" / "chat.jinja"
+
+
+def chat_recipe(folder: Path, data: PreparedData, *overrides: str) -> Recipe:
+    """The same recipe of conversations of one and of two turns."""
+    turns = [
+        [{"role": role, "content": str(row[name])} for role, name in (("user", "question"), ("assistant", "answer"))]
+        for row in make_rows(40)
+    ]
+    rows = [turn + turns[number - 1] * (number % 2) for number, turn in enumerate(turns)]
+    recipe = sft_recipe(folder, data, "data.prompt=null", "data.completion=null", "data.max_length=100", *overrides)
+    (folder / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": row, "prompt": "a", "number": number}) + "\n" for number, row in enumerate(rows)
+        )
+    )
+    return recipe
+
+
+def test_a_run_on_conversations_learns_answers_and_keeps_its_template(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = chat_recipe(tmp_path, tiny_data, f"data.chat_template={CHAT_TEMPLATE}")
+    summary = train(recipe, progress=False)
+    rows = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert rows[-1] < rows[0] - 0.5
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.chat_template == CHAT_TEMPLATE.read_text()
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").is_file()
+    data = load_run_data(recipe, progress=False)
+    model = ThoughtbubblesForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    losses = []
+    validation = data.validation["validation"].rows
+    for row in (validation[index] for index in range(len(validation))):
+        tokens = torch.from_numpy(row.tokens.astype("int64"))
+        log_probs = model(tokens[None]).logits[0].log_softmax(-1)
+        losses += [-log_probs[place - 1, tokens[place]].item() for place in np.flatnonzero(row.targets).tolist()]
+        said = "".join(tokenizer.decode(tokens[row.targets]).split("<|endoftext|>"))
+        assert set(said) == {"5", " "}
+    assert summary.eval_loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_conversations_are_told_from_prompts(tmp_path: Path, tiny_data: PreparedData) -> None:
+    given = f"data.chat_template={CHAT_TEMPLATE}"
+    chats = load_run_data(chat_recipe(tmp_path, tiny_data, given), progress=False)
+    assert chats.answer_end is None  # the end of text, as of every document
+    plain = load_run_data(chat_recipe(tmp_path, tiny_data, "data.completion='{number}'"), progress=False)
+    assert len(plain.samples[0].tokens) < 6
+    with pytest.raises(DataError, match=r"the tokenizer has no chat template: expected chat_template\.jinja beside it"):
+        load_run_data(chat_recipe(tmp_path, tiny_data), progress=False)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1 has no field 'completion': it has 'messages', 'prompt'"):
+        load_run_data(chat_recipe(tmp_path, tiny_data, "data.messages=chat"), progress=False)
+    with pytest.raises(
+        DataError, match=r"data\.chat_template=.*none\.jinja: cannot be read: No such file or directory"
+    ):
+        load_run_data(chat_recipe(tmp_path, tiny_data, f"data.chat_template={tmp_path}/none.jinja"), progress=False)
+
+
+def test_the_token_that_ends_answers_is_known(tmp_path: Path, tiny_data: PreparedData) -> None:
+    tokenizer = tiny_data.tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text().replace("eos_token", "'<|end|>'")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    save_tokenizer(tokenizer, tmp_path / "chatting")
+    data = load_run_data(chat_recipe(tmp_path, tiny_data, f"data.tokenizer={tmp_path}/chatting"), progress=False)
+    assert data.answer_end == tokenizer.convert_tokens_to_ids("<|end|>") == data.vocab_size - 1
+    assert data.samples[0].tokens[data.samples[0].targets][-1] == data.answer_end
+
+
+def test_packed_rows_hold_every_example_once(tmp_path: Path, tiny_data: PreparedData) -> None:
+    padded = load(tmp_path, tiny_data)
+    packed = load(tmp_path, tiny_data, "data.packing=packed", "training.steps=2")
+    rows = [packed.samples[index] for index in range(8)]
+    named = [packed.samples.describe(index).split(" + ") for index in range(8)]
+    alone = {padded.samples.describe(index): padded.samples[index] for index in range(32)}
+    assert [len(row.tokens) for row in rows] == [packed.samples.length(index) for index in range(8)]
+    for row, names in zip(rows, named, strict=True):
+        parts = [alone[name] for name in names]
+        assert len(row.tokens) <= 40
+        assert row.tokens.tolist() == [token for part in parts for token in part.tokens.tolist()]
+        assert row.targets.tolist() == [target for part in parts for target in part.targets.tolist()]
+    # Between two rows nothing more would fit.
+    lengths = sorted(packed.samples.length(index) for index in range(8))
+    assert lengths[0] + lengths[1] > 40 or len(named) == 1
+    one, other = (each.validation["validation"].rows for each in (padded, packed))
+    assert [one[index].tokens.tolist() for index in range(8)] == [other[index].tokens.tolist() for index in range(8)]
+    with pytest.raises(
+        RecipeError, match=r"training\.batch_size=32: expected at most the \d+ rows of .* to train on, pa"
+    ):
+        load(tmp_path, tiny_data, "data.packing=packed", "training.batch_size=32")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_best_fit_places_all_and_fills_rows(seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 41, 200).tolist()
+    rows = best_fit(lengths, 40)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert max(sums) <= 40
+    # Best fit decreasing needs at most 11/9 of the fewest rows, and one more.
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 40) + 1 + sum(length > 20 for length in lengths)
+
+
+def test_a_run_on_packed_rows_counts_their_tokens(tmp_path: Path, tiny_data: PreparedData) -> None:
+    recipe = sft_recipe(tmp_path, tiny_data, "data.packing=packed", "training.micro_batch_size=2", "training.steps=4")
+    train(recipe, progress=False)
+    data = load_run_data(recipe, progress=False)
+    lengths = [data.samples.length(index) for index in range(16)]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["tokens"] for row in rows] == [sum(lengths[:8]), sum(lengths)]

@@ -139,7 +139,7 @@ class StreamSection:
 
 @dataclass(config=STRICT)
 class FineTuningSection:
-    """Where the prompts and their completions come from."""
+    """Where the conversations, or the prompts and their completions, come from."""
 
     source: UserPath = option(
         "rows to train on: a .jsonl or .parquet file, a folder or glob of them, or hf:NAME?split=..."
@@ -148,19 +148,34 @@ class FineTuningSection:
     validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = option(
         "share of the rows held out where there is no validation_source", 0.05
     )
-    prompt: str = option(
-        "the prompt, a text in quotes with the fields of a row in braces, as in 'Question: {question}'; {{ and }} are "
-        "braces themselves",
-        "{prompt}",
+    messages: str = option(
+        "field that holds a conversation, a list of messages with role and content: where rows have it and the recipe "
+        "names neither prompt nor completion, the tokenizer's chat template writes them, and the loss is on the "
+        "assistant's answers and what ends them",
+        "messages",
     )
-    completion: str = option(
-        "what the model shall answer, in the same way: the loss is on this and on the end of text after it",
-        "{completion}",
+    prompt: str | None = option(
+        "the prompt, a text in quotes with the fields of a row in braces, as in 'Question: {question}'; {{ and }} are "
+        "braces themselves; null is '{prompt}'",
+        None,
+    )
+    completion: str | None = option(
+        "what the model shall answer, in the same way: the loss is on this and on the end of text after it; null is "
+        "'{completion}'",
+        None,
+    )
+    chat_template: UserPath | None = option(
+        "file of Jinja that writes conversations, kept with the model; null is the tokenizer's own", None
     )
     max_length: Annotated[Count, Field(ge=2)] = option(
-        "tokens of the longest row, the two that mark its start and its end included; longer ones are left out and "
-        "counted",
+        "tokens of the longest row, all that mark its start and its end included; longer ones are left out and counted",
         512,
+    )
+    packing: Literal["padded", "packed"] = option(
+        "padded, each row of the source by itself, filled up to the longest of its forward pass; or packed, several of "
+        "them in one row of training of at most max_length tokens, which attention does not tell apart; validation is "
+        "always padded",
+        "padded",
     )
     tokenizer: UserPath | None = option("tokenizer folder or hub name; null is that of model.pretrained", None)
     eval_rows: Count | None = option("validation rows, evenly spaced, of the evaluations on the way; null is all", None)

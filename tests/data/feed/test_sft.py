@@ -111,7 +111,7 @@ def test_bad_sources_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     ):
         with pytest.raises(DataError, match=message):
             read(str(tmp_path / source), tokenizer)
-    with pytest.raises(DataError, match="field='x' has no use here: the templates name the fields"):
+    with pytest.raises(DataError, match="field='x' has no use here: the recipe names the fields"):
         read(f"hf:{tmp_path}/hub?field=x", tokenizer)
 
 
@@ -131,7 +131,7 @@ def test_an_example_is_separator_prompt_completion_and_end(tmp_path: Path, token
     plain.encode_special_tokens = False
     assert 0 not in prompt
     assert examples[0].tokens.tolist() == [0, *prompt, *completion, 0]
-    assert examples[0].border == 1 + len(prompt)
+    assert examples[0].targets.tolist() == [False] * (1 + len(prompt)) + [True] * (len(completion) + 1)
     assert (examples.length(0), examples.longest) == (len(examples[0].tokens),) * 2
 
 

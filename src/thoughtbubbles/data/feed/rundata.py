@@ -84,6 +84,8 @@ class RunData:
         longest: tokens of the longest row.
         source: names the data in messages.
         identity: of the data's content: a run is resumed on the same data only.
+        answer_end: the token that ends an assistant's answer, where generation stops as at the end of a document; None
+            where there are no answers or eos ends them.
     """
 
     samples: Samples
@@ -96,6 +98,7 @@ class RunData:
     longest: int
     source: str
     identity: str
+    answer_end: int | None = None
 
     def close(self) -> None:
         """Stop what reads ahead of the training."""

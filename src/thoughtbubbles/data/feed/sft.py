@@ -1,6 +1,7 @@
-"""Fine-tuning data: rows with a template for the prompt and one for the completion become examples of tokens."""
+"""Fine-tuning data: rows of prompts and completions, or of conversations, become examples of tokens."""
 
 import hashlib
+import json
 import os
 import re
 from array import array
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from thoughtbubbles.data.feed.chat import ChatTemplate, Targets, read_messages
 from thoughtbubbles.data.preparation.packing import TokenArray, token_type
 from thoughtbubbles.data.sources.corpora import Source, resolve_source
 from thoughtbubbles.data.sources.formats import Row
@@ -31,12 +33,10 @@ if TYPE_CHECKING:
 MARK = re.compile(r"\{\{|\}\}|\{[^{}]+\}|[{}]")
 LITERALS = {"{{": "{", "}}": "}"}
 
-# What is kept of an example: the number of its row in the source, from 1; where its tokens start, its completion
-# starts and its tokens end; the digest of its text.
-EXAMPLE = np.dtype(
-    [("row", "<i8"), ("start", "<i8"), ("border", "<i8"), ("end", "<i8"), ("digest", f"V{DIGEST_BYTES}")]
-)
-PLACES = ("row", "start", "border", "end")
+# What is kept of an example: the number of its row in the source, from 1; where its tokens start and end; the digest
+# of its text.
+EXAMPLE = np.dtype([("row", "<i8"), ("start", "<i8"), ("end", "<i8"), ("digest", f"V{DIGEST_BYTES}")])
+PLACES = ("row", "start", "end")
 
 ExampleArray = npt.NDArray[np.void]
 
@@ -95,15 +95,15 @@ def _as_text(row: Row, field: str, place: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion.
+    """A prompt and its completion, or a conversation.
 
     Attributes:
-        tokens: [L], what precedes a text, the prompt, the completion, the end of text.
-        border: how many of them stand before the completion.
+        tokens: [L], what precedes a text, the prompt, the completion, the end of text; or what a chat template writes.
+        targets: [L], which of them are to be learnt.
     """
 
     tokens: TokenArray
-    border: int
+    targets: Targets
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,14 @@ class Examples:
     Attributes:
         source: its name.
         tokens: of all examples, one after another.
+        targets: which of these are to be learnt.
         table: [examples] of `EXAMPLE`, in the order of the rows.
         too_long: rows left out because they have more tokens than allowed.
     """
 
     source: str
     tokens: TokenArray
+    targets: Targets
     table: ExampleArray
     too_long: int = 0
 
@@ -126,8 +128,8 @@ class Examples:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Example:
-        start, border, end = (int(self.table[name][index]) for name in PLACES[1:])
-        return Example(self.tokens[start:end], border - start)
+        start, end = (int(self.table[name][index]) for name in PLACES[1:])
+        return Example(self.tokens[start:end], self.targets[start:end])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Several of them."""
@@ -147,11 +149,12 @@ class Examples:
         return f"{self.source}, row {self.table['row'][index]}"
 
     def fingerprint(self) -> str:
-        """A hash of the tokens and the borders of all examples in their order."""
+        """A hash of the tokens of all examples in their order, and of which are to be learnt."""
         content = hashlib.blake2b(digest_size=16)
         for example in self:
-            content.update(f"{len(example.tokens)} {example.border} ".encode())
+            content.update(f"{len(example.tokens)} ".encode())
             content.update(example.tokens.astype("<u4").tobytes())
+            content.update(example.targets.tobytes())
         return content.hexdigest()
 
     def __iter__(self) -> Iterator[Example]:
@@ -194,7 +197,7 @@ class Examples:
         return self._where(new)
 
     def _where(self, chosen: npt.NDArray[np.bool_]) -> "Examples":
-        return Examples(self.source, self.tokens, self.table[chosen], self.too_long)
+        return Examples(self.source, self.tokens, self.targets, self.table[chosen], self.too_long)
 
 
 def read_examples(
@@ -209,7 +212,7 @@ def read_examples(
 
     An example is what precedes a text (see `start_document`), the tokens of the prompt, those of the completion and
     the eos token. Prompt and completion are tokenised apart, and the text of a special token inside
-    them is ordinary text. All tokens are held in memory, 2 or 4 bytes each.
+    them is ordinary text. All tokens are held in memory, 3 or 5 bytes each.
 
     Args:
         source: a file, folder, glob or hub dataset of rows, as `resolve_source` takes it.
@@ -225,19 +228,64 @@ def read_examples(
     """
     if not completion.fields:
         raise DataError(f"{completion.name}={completion.text!r}: expected a field of the rows, such as {{completion}}")
-    found = resolve_source(source)
-    if found.field is not None:
-        raise DataError(f"source {source!r}: field={found.field!r} has no use here: the templates name the fields")
+    found = _rows_of(source)
+    ids = start_document(tokenizer), [tokenizer.eos_token_id]
+    start, end = (np.array(each, dtype=np.uint32) for each in ids)
     builder = _Builder(tokenizer, max_length)
-    digests = bytearray()
     with stage("Tokenising rows", None, progress) as bar:
-        texts = _texts(found, prompt, completion, digests)
+        texts = _texts(found, prompt, completion, builder.digests)
         pieces = _joined(Encoder(tokenizer, os.cpu_count() or 1).encode(texts))
         for number, (asked, answered) in enumerate(zip(pieces, pieces, strict=True), start=1):
-            builder.add(asked, answered)
+            tokens = np.concatenate([start, asked, answered, end])
+            builder.add(tokens, np.arange(len(tokens)) >= len(start) + len(asked))
             bar.advance(1, f"{number:,} rows")
         bar.show(f"{builder.rows:,} rows")
-    return builder.examples(found.name, digests)
+    return builder.examples(found.name)
+
+
+def read_conversations(
+    source: str, field: str, tokenizer: "PreTrainedTokenizerFast", max_length: int, progress: bool = False
+) -> Examples:
+    """Read and tokenise the conversations of a source, of which the assistant's answers are to be learnt.
+
+    Args:
+        source: as in `read_examples`.
+        field: of the rows, that holds the messages.
+        tokenizer: has an eos token and a chat template, which writes all that is in an example.
+        max_length: tokens of the longest example; longer ones are left out.
+        progress: show a bar.
+
+    Raises:
+        DataError: a source that cannot be read, without rows or with none short enough; a tokenizer without a chat
+            template; a row that is no conversation, or one that `ChatTemplate.example` cannot use.
+    """
+    template, found = ChatTemplate(tokenizer), _rows_of(source)
+    builder = _Builder(tokenizer, max_length)
+    with stage("Tokenising rows", None, progress) as bar:
+        for number, row in enumerate(read_rows(found), start=1):
+            place = f"{found.name}, row {number}"
+            messages = read_messages(row, field, place)
+            builder.digests += digest(json.dumps(messages, sort_keys=True, default=str).encode())
+            builder.add(*template.example(messages, place))
+            bar.advance(1, f"{number:,} rows")
+        bar.show(f"{builder.rows:,} rows")
+    return builder.examples(found.name)
+
+
+def holds_field(source: str, field: str) -> bool:
+    """Whether the first row of a source has a field.
+
+    Raises:
+        DataError: a source that cannot be read.
+    """
+    return field in next(iter(read_rows(_rows_of(source))), {})
+
+
+def _rows_of(source: str) -> Source:
+    found = resolve_source(source)
+    if found.field is not None:
+        raise DataError(f"source {source!r}: field={found.field!r} has no use here: the recipe names the fields")
+    return found
 
 
 def _texts(source: Source, prompt: Template, completion: Template, digests: bytearray) -> Iterator[tuple[int, str]]:
@@ -266,33 +314,36 @@ def _joined(pieces: Iterable[EncodedPiece]) -> Iterator[Tokens]:
 
 
 class _Builder:
-    """Collects examples in flat arrays: millions of rows as Python objects would not fit."""
+    """Collects examples in flat arrays: millions of rows as Python objects would not fit.
+
+    Attributes:
+        rows: added so far.
+        digests: of the texts of all rows, for whoever adds them.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
         self._type = token_type(vocabulary_size(tokenizer))
-        start, end = start_document(tokenizer), [tokenizer.eos_token_id]
-        self._start, self._end = (np.array(tokens, dtype=self._type) for tokens in (start, end))
         self._max_length = max_length
-        self._tokens = bytearray()
+        self._tokens, self._targets = bytearray(), bytearray()
         self._places = array("q")
-        self.rows = 0
         self._shortest: int | None = None
+        self.rows = 0
+        self.digests = bytearray()
 
-    def add(self, prompt: Tokens, completion: Tokens) -> None:
+    def add(self, tokens: TokenArray, targets: Targets) -> None:
         """Add the example of the next row, if it is not too long."""
         self.rows += 1
-        border = len(self._start) + len(prompt)
-        length = border + len(completion) + 1
+        length = len(tokens)
         self._shortest = min(length, self._shortest or length)
         if length > self._max_length:
             return
-        first = len(self._tokens) // self._type.itemsize
-        for part in (self._start, prompt, completion, self._end):
-            self._tokens += part.astype(self._type).tobytes()
-        self._places.extend((self.rows, first, first + border, first + length))
+        first = len(self._targets)
+        self._tokens += tokens.astype(self._type).tobytes()
+        self._targets += targets.tobytes()
+        self._places.extend((self.rows, first, first + length))
 
-    def examples(self, source: str, digests: bytearray) -> Examples:
-        """What was added, with the digests of all rows."""
+    def examples(self, source: str) -> Examples:
+        """What was added."""
         if not self.rows:
             raise DataError(f"source {source!r} has no rows")
         if not self._places:
@@ -304,5 +355,6 @@ class _Builder:
         table: ExampleArray = np.empty(len(places), dtype=EXAMPLE)
         for column, name in enumerate(PLACES):
             table[name] = places[:, column]
-        table["digest"] = np.frombuffer(digests, dtype=EXAMPLE["digest"])[table["row"] - 1]
-        return Examples(source, np.frombuffer(self._tokens, dtype=self._type), table, self.rows - len(table))
+        table["digest"] = np.frombuffer(self.digests, dtype=EXAMPLE["digest"])[table["row"] - 1]
+        tokens, targets = (np.frombuffer(*each) for each in ((self._tokens, self._type), (self._targets, np.bool_)))
+        return Examples(source, tokens, targets, table, self.rows - len(table))
