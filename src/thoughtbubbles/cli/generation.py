@@ -26,7 +26,10 @@ from thoughtbubbles.support.files import json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
+
+    from thoughtbubbles.evaluation.conversation import Chat
+    from thoughtbubbles.evaluation.generation import Decoding, Generation
+    from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 
 def generate(
@@ -41,6 +44,15 @@ def generate(
     ] = None,
     text_field: TextFieldOption = "text",
     interactive: Annotated[bool, Option("--interactive", help="Ask for prompts until end of input.")] = False,
+    chat: Annotated[
+        bool,
+        Option(
+            "--chat",
+            help="Talk: each line is a message, or --prompt the only one, and the tokenizer's chat template writes "
+            "them; /reset begins anew, /exit or the end of input ends.",
+        ),
+    ] = False,
+    system: Annotated[str | None, Option(help="With --chat: what the system says first.")] = None,
     max_new_tokens: Annotated[int, Option(help="Tokens to generate at most.", min=1)] = 100,
     temperature: Annotated[float, Option(help="0 is greedy.", min=0)] = 0.8,
     top_k: Annotated[int, Option(help="Sample among the k likeliest tokens; 0 is all.", min=0)] = 0,
@@ -56,39 +68,113 @@ def generate(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON, not the text as it comes.")] = False,
 ) -> None:
-    """Continue a prompt, printing tokens as they come."""
-    from thoughtbubbles.evaluation.generation import Sampling, generate_text
-    from thoughtbubbles.inspection.bubbles import final_bubbles, mark_bubbles
+    """Continue a prompt or talk, printing tokens as they come."""
+    from thoughtbubbles.evaluation.generation import Decoding, Sampling
+    from thoughtbubbles.inspection.bubbles import final_bubbles
     from thoughtbubbles.model.loading import load_model, load_tokenizer
     from thoughtbubbles.recipes.values import check_seed
-    from thoughtbubbles.support.text import token_pieces
 
     check_seed("--seed", seed, InputError)
     check_budget(budget)
+    if (system is not None and not chat) or (chat and (interactive or file is not None)):
+        raise InputError("--chat: expected it without --interactive and --file, and --system with it alone")
     with bad_input():
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    settings = Decoding(max_new_tokens, sampling, budget, seed)
     tokenizer, loaded = load_tokenizer(model), load_model(model)
-    for text in _prompts(prompt, file, text_field, interactive):
-        with bad_input():
-            streamer = None if as_json else _streamer(tokenizer)
-            made = generate_text(loaded, tokenizer, text, max_new_tokens, sampling, budget, seed, streamer)
+    if chat:
+        answers = _answers(_chat(loaded, tokenizer, settings, system), prompt, as_json)
+    else:
+        answers = _continued(loaded, tokenizer, settings, _prompts(prompt, file, text_field, interactive), as_json)
+    for made in answers:
         sizes = final_bubbles(loaded, made.ids, budget) if show_bubbles else None
         if as_json:
             typer.echo(json_text({**asdict(made), "seed": seed, "bubbles": sizes}))
         elif sizes is not None:
-            typer.echo(mark_bubbles(token_pieces(tokenizer, made.ids), sizes))
+            _print_bubbles(tokenizer, made.ids, sizes)
 
 
-def _streamer(tokenizer: "PreTrainedTokenizerBase") -> "BaseStreamer":
-    from thoughtbubbles.evaluation.generation import TextPrinter
+def _print_bubbles(tokenizer: "PreTrainedTokenizerBase", ids: list[int], sizes: list[int]) -> None:
+    from thoughtbubbles.inspection.bubbles import mark_bubbles
+    from thoughtbubbles.support.text import token_pieces
 
-    return TextPrinter(tokenizer, partial(typer.echo, nl=False))
+    typer.echo(mark_bubbles(token_pieces(tokenizer, ids), sizes))
+
+
+def _continued(
+    model: "ThoughtbubblesForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: "Decoding",
+    prompts: Iterator[str],
+    quiet: bool,
+) -> "Iterator[Generation]":
+    """Prompts with what follows them, which is printed as it comes if not `quiet`."""
+    from thoughtbubbles.evaluation.generation import TextPrinter, generate_text
+
+    for text in prompts:
+        with bad_input():
+            streamer = None if quiet else TextPrinter(tokenizer, _print)
+            yield generate_text(model, tokenizer, text, **vars(settings), streamer=streamer)
+
+
+def _chat(
+    model: "ThoughtbubblesForCausalLM", tokenizer: "PreTrainedTokenizerBase", settings: "Decoding", system: str | None
+) -> "Chat":
+    from thoughtbubbles.evaluation.conversation import Chat
+
+    _check_text("--system", system or "")
+    return Chat(model, tokenizer, settings, system, warn=partial(typer.echo, err=True))
+
+
+def _answers(chat: "Chat", prompt: str | None, quiet: bool) -> "Iterator[Generation]":
+    """The answers to what a user says; those of a terminal that cannot be given are told, and the talk goes on."""
+    for question in _questions(chat, prompt):
+        try:
+            with bad_input():
+                yield chat.ask(question, None if quiet else chat.printer(_print))
+        except InputError as error:
+            if prompt is not None or not sys.stdin.isatty():
+                raise
+            typer.echo(error, err=True)
+
+
+def _questions(chat: "Chat", prompt: str | None) -> Iterator[str]:
+    """What a user says, without what is said to this command."""
+    if prompt is not None:
+        _check_text("--prompt", prompt)
+        yield prompt
+        return
+    for line in _typed("> ") if sys.stdin.isatty() else map(_decoded, sys.stdin.buffer):
+        match line.strip():
+            case "/exit":
+                return
+            case "/reset":
+                chat.reset()
+            case "":
+                continue
+            case text:
+                yield text
+
+
+def _typed(mark: str) -> Iterator[str]:
+    """Lines that a user types until the end of input, each after a mark."""
+    with suppress(EOFError):
+        while True:
+            yield input(mark)
+
+
+def _print(text: str) -> None:
+    typer.echo(text, nl=False)
 
 
 def _standard_input() -> str:
     """All of standard input, its line ends as they are."""
+    return _decoded(sys.stdin.buffer.read())
+
+
+def _decoded(text: bytes) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not UTF-8: {error}") from None
 
@@ -100,9 +186,7 @@ def _prompts(prompt: str | None, file: Path | None, text_field: str, interactive
     if sum((prompt is not None, file is not None, interactive)) > 1:
         raise InputError("--prompt, --file, --interactive: expected at most one of them")
     if interactive:
-        with suppress(EOFError):
-            while True:
-                yield input("> ")
+        yield from _typed("> ")
     elif file is not None:
         yield from read_texts(file, text_field)
     elif prompt is not None:

@@ -1,8 +1,8 @@
 """Generating text from a prompt."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +85,54 @@ class Generation:
     prompt_tokens: int
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How a text is gone on with.
+
+    Attributes:
+        max_new_tokens: to write at most.
+        sampling: how each is chosen.
+        budget: streams per token; None is the model's own.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int = 100
+    sampling: Sampling = field(default_factory=Sampling)
+    budget: Budget | None = None
+    seed: int = 0
+
+    def go_on(
+        self,
+        model: ThoughtbubblesForCausalLM,
+        ids: list[int],
+        ends: Iterable[int],
+        pad: int | None,
+        streamer: Any = None,
+    ) -> list[int]:
+        """Some ids and what the model writes after them, up to one of the ends, which is there too.
+
+        Raises:
+            ValueError: for ids that leave no room in the longest row, or a bad budget.
+            InputError: for a model whose logits are not finite.
+        """
+        generator: Any = model  # transformers types `generate` for its own classes
+        torch.manual_seed(self.seed)
+        row = torch.tensor([ids], device=model.device)
+        out = generator.generate(
+            row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=pad,
+            budget=self.budget,
+            streamer=streamer,
+            logits_processor=finite_logits(),
+            **self.sampling.arguments(),
+        )
+        produced: list[int] = out[0].tolist()
+        return produced
+
+
 class TextPrinter(BaseStreamer):
     """Says a row's text as its tokens come: what is said in all is the text of all tokens.
 
@@ -140,7 +188,6 @@ def generate_text(
             bad budget.
         InputError: for a model whose logits are not finite.
     """
-    generator: Any = model  # transformers types `generate` for its own classes
     model.config.exact_budget(budget)
     ids: list[int] = start_document(tokenizer) + encode_text(tokenizer, prompt)
     longest = model.config.max_position_embeddings
@@ -148,18 +195,6 @@ def generate_text(
         raise ValueError("prompt='': expected some text, since the tokenizer has no token to start a document with")
     if len(ids) >= longest:
         raise ValueError(f"prompt of {len(ids)} tokens: expected at most {longest - 1}, separator included")
-    torch.manual_seed(seed)
-    row = torch.tensor([ids], device=model.device)
-    out = generator.generate(
-        row,
-        attention_mask=torch.ones_like(row),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=document_ends(tokenizer) or None,
-        pad_token_id=tokenizer.eos_token_id,
-        budget=budget,
-        streamer=streamer,
-        logits_processor=finite_logits(),
-        **(sampling or Sampling()).arguments(),
-    )
-    produced: list[int] = out[0].tolist()
+    settings = Decoding(max_new_tokens, sampling or Sampling(), budget, seed)
+    produced = settings.go_on(model, ids, document_ends(tokenizer), tokenizer.eos_token_id, streamer)
     return Generation(prompt, decode_after(tokenizer, produced, len(ids)), produced, len(ids))
