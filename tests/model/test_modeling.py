@@ -540,8 +540,8 @@ def test_labels_need_all_logits() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("bugdet", 2), ("token_type_ids", torch.zeros(1, 1)), ("head_mask", 0.0)],
-    ids=["misspelt", "tensor-of-one-zero", "zero"],
+    [("bugdet", 2), ("token_type_ids", torch.zeros(1, 1)), ("head_mask", 0.0), ("cu_seq_lens_q", torch.ones(2))],
+    ids=["misspelt", "tensor-of-one-zero", "zero", "lengths"],
 )
 def test_argument_without_effect_is_refused(name: str, value: Any) -> None:
     for model in (tiny_model(), tiny_model().model):

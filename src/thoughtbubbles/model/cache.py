@@ -240,6 +240,8 @@ REASONS = {
     "each token's forks receive",
     "token_type_ids": "there is one type of token",
     "head_mask": "no head can be left out",
+    "cu_seq_lens_q": "rows that hold several texts are told apart by nothing; packing that does not ask for it works, "
+    "such as TRL's packing_strategy='wrapped'",
 }
 """Why arguments of other models are refused here."""
 
