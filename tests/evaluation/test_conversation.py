@@ -17,6 +17,7 @@ from thoughtbubbles.cli import app
 from thoughtbubbles.data.tokenizer import load_data_tokenizer
 from thoughtbubbles.evaluation.conversation import Chat
 from thoughtbubbles.evaluation.generation import Decoding, Sampling
+from thoughtbubbles.evaluation.harness import adapter
 from thoughtbubbles.model.loading import load_model, load_tokenizer
 from thoughtbubbles.support.errors import InputError
 
@@ -174,3 +175,13 @@ def test_bad_input_is_one_line(folder: Path, capsys, monkeypatch, arguments: lis
 def test_a_chat_needs_a_template(tiny_run: Path, capsys, monkeypatch) -> None:
     line = fail(capsys, monkeypatch, "generate", tiny_run, "--chat", "--prompt", "a")
     assert "the tokenizer has no chat template: expected chat_template.jinja beside it" in line
+
+
+def test_the_harness_ends_answers_there_too(model, tokenizer) -> None:
+    word = tokenizer.convert_ids_to_tokens(300)
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token if", f"{word!r} if")
+    lm = adapter()(model, tokenizer=tokenizer, batch_size=1)
+    assert lm._ends() == [tokenizer.eos_token_id]
+    lm.apply_chat_template([{"role": "user", "content": "the"}])
+    assert lm._ends() == [tokenizer.eos_token_id, 300]

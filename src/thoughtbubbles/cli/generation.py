@@ -25,7 +25,7 @@ from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.files import json_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from thoughtbubbles.evaluation.conversation import Chat
     from thoughtbubbles.evaluation.generation import Decoding, Generation
@@ -118,7 +118,7 @@ def _continued(
 
 
 def _chat(
-    model: "ThoughtbubblesForCausalLM", tokenizer: "PreTrainedTokenizerBase", settings: "Decoding", system: str | None
+    model: "ThoughtbubblesForCausalLM", tokenizer: "PreTrainedTokenizerFast", settings: "Decoding", system: str | None
 ) -> "Chat":
     from thoughtbubbles.evaluation.conversation import Chat
 

@@ -12,7 +12,7 @@ from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.text import decode_after, document_ends
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 # Of the longest row, left to an answer: a conversation that leaves less forgets how it began.
 ROOM = 0.25
@@ -59,7 +59,7 @@ class Chat:
     def __init__(
         self,
         model: ThoughtbubblesForCausalLM,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: "PreTrainedTokenizerFast",
         decoding: Decoding,
         system: str | None = None,
         warn: Callable[[str], Any] = print,
@@ -89,7 +89,7 @@ class Chat:
         """
         messages, ids = self._asked([*self.messages, {"role": "user", "content": question}])
         produced = self._decoding.go_on(self._model, ids, self._ends, self._tokenizer.eos_token_id, streamer)
-        answer = decode_after(self._tokenizer, produced, len(ids)).strip()
+        answer = decode_after(self._tokenizer, produced, len(ids)).strip().removesuffix(self._template.tail).rstrip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return Generation(question, answer, produced, len(ids))
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thoughtbubbles.data.feed.chat import ChatTemplate
 from thoughtbubbles.evaluation.finite import check_finite, finite_logits
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.loading import find_model, load_tokenizer
@@ -159,6 +160,11 @@ class BudgetedLM(HFLM):
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids, mask
 
+    def _ends(self) -> list[int]:
+        """What ends a text, and in a conversation an answer."""
+        answer = ChatTemplate(self.tokenizer).end if self._chat else None
+        return document_ends(self.tokenizer) + ([] if answer is None else [answer])
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """Ids [B, T] of prompts and what follows them; greedy where the task asks for no temperature."""
         from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -173,7 +179,7 @@ class BudgetedLM(HFLM):
                 input_ids=context,
                 max_length=max_length,
                 stopping_criteria=criteria,
-                eos_token_id=document_ends(self.tokenizer) or None,
+                eos_token_id=self._ends() or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=self.use_cache,
                 budget=self.budget,

@@ -126,6 +126,14 @@ def test_answers_and_what_ends_them_are_learnt(
 UNENDED = (TEMPLATES["open"][0], TEMPLATES["words alone"][0])
 
 
+def test_words_behind_answers_are_known(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert ChatTemplate(tokenizer).tail == ""
+    tokenizer.chat_template = CHATML.replace("im_end", "end_of_turn")
+    found = ChatTemplate(tokenizer)
+    assert (found.tail, found.end) == ("<|end_of_turn|>", tokenizer.convert_tokens_to_ids(START))
+    assert learnt(tokenizer, CHAT) == [f"of stone<|end_of_turn|>\n{START}", "green bread<|end_of_turn|>\n</s>"]
+
+
 def test_generation_blocks_are_what_transformers_takes_them_for(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATES["generation blocks"][0]
     expected: Any = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
@@ -174,7 +182,11 @@ def test_words_of_special_tokens_in_messages_are_text(tokenizer: PreTrainedToken
 def test_words_that_no_letters_spell_are_refused(tmp_path: Path) -> None:
     """A sentencepiece tokenizer keeps a space of its own where a text begins, so parts are not the whole."""
     tokenizer = load_data_tokenizer(sentencepiece(tmp_path))
-    tokenizer.chat_template = LOOP + "{{ m.role + m.content + eos_token }}{% endfor %}"
+    tokenizer.chat_template = (
+        LOOP
+        + "{{ m.role + m.content + eos_token }}{% endfor %}"
+        + ("{% if add_generation_prompt %}assistant{% endif %}")
+    )
     plain = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "river"}]
     assert ChatTemplate(tokenizer).example(plain, "row 1")[0].tolist() == tokenizer.apply_chat_template(
         plain, return_dict=False
@@ -226,6 +238,11 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrained
         ("{{ raise_exception('roles must alternate') }}", "row 1: the chat template refuses it: roles must alternate"),
         ("{% for m in messages", "row 1: the chat template refuses it: "),
         (LOOP + "{{ m.role }}{% endfor %}", "the chat template leaves an answer's text out: expected one for messages"),
+        (
+            CHATML.partition("{% if")[0],
+            r"the chat template begins an answer with '<\|im_start\|>assistant' but asks for",
+        ),
+        ({"tool_use": CHATML}, "the tokenizer's chat template: "),
         (CHATML + "{% generation %}{% endgeneration %}", "row 1: the chat template's generation blocks are empty"),
     ],
 )

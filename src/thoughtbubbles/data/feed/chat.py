@@ -5,7 +5,8 @@ The template writes the whole row: what precedes a text is its business here, an
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from thoughtbubbles.support.errors import DataError, one_line
 from thoughtbubbles.support.text import encode_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Stands in messages before what would read as a special token. Unicode keeps it from ever being a character of a text.
@@ -104,6 +105,15 @@ def _texts(value: Any) -> list[str]:
             return []
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around an answer, without white space: a header that no prompt has, words, a token."""
+
+    header: str = ""
+    tail: str = ""
+    end: str | None = None
+
+
 class ChatTemplate:
     """A tokenizer's chat template. What reads as a special token inside a message is ordinary text.
 
@@ -113,27 +123,32 @@ class ChatTemplate:
     Attributes:
         end: the special token that the template writes behind an answer, or else before the next message; None where
             it writes none.
+        tail: words that it writes behind an answer and before `end`, without white space around them.
 
     Raises:
-        DataError: no template, or one for messages that are no text.
+        DataError: no template, several of which none is the default, or one for messages that are no text.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template: expected chat_template.jinja beside it, which data.chat_template "
                 "of a recipe puts there, recipes/chat.jinja for one"
             )
         self._tokenizer = tokenizer
-        self._template = tokenizer.get_chat_template()
+        try:
+            self._template = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(f"the tokenizer's chat template: {one_line(error)}") from error
         self._tagged = GENERATION.search(self._template) is not None
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         words = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
         self._word = re.compile(words)
         # Group 1 is a token that the template wrote.
         self._token = re.compile(f"{MARK}(?:{words})|({words})")
-        self._last_word = self._ending()
-        self.end = None if self._last_word is None else self._id_of(self._last_word)
+        self._frame = self._find_frame()
+        self.tail = self._frame.tail
+        self.end = None if self._frame.end is None else self._id_of(self._frame.end)
 
     def prompt(self, messages: Conversation, place: str) -> list[int]:
         """The tokens after which the assistant answers.
@@ -155,9 +170,14 @@ class ChatTemplate:
             place: names them in messages.
 
         Raises:
-            DataError: messages that the template refuses, that it writes otherwise once more follow, or whose answers
-                begin or end inside a token.
+            DataError: a template that begins an answer but no prompt for it, or messages that it refuses, that it
+                writes otherwise once more follow, or whose answers begin or end inside a token.
         """
+        if self._frame.header and not self._tagged:
+            raise DataError(
+                f"the chat template begins an answer with {self._frame.header!r} but asks for none: expected it to "
+                "write that where add_generation_prompt is true"
+            )
         given = self._marked(messages)
         text, tagged = self._render(given, place)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -175,22 +195,26 @@ class ChatTemplate:
         targets[len(ids) :] = True
         return np.array(ids + [self._tokenizer.eos_token_id] * unended, dtype=np.uint32), targets
 
-    def _ending(self) -> str | None:
-        """The special token behind an answer at the end of a conversation, or else before what a user says next."""
-        question = {"role": "user", "content": "?"}
-        conversation = [question, {"role": "assistant", "content": PROBE}]
-        for messages in (conversation, [*conversation, question]):
-            try:
-                text, _ = self._render(messages, "")
-            except DataError:  # it may want another kind of conversation
-                continue
-            if PROBE not in text:
-                raise DataError(
-                    "the chat template leaves an answer's text out: expected one for messages of plain text"
-                )
-            if behind := self._token.search(text, text.rfind(PROBE)):
-                return behind[1]
-        return None
+    def _find_frame(self) -> "_Frame":
+        """What stands around an answer that ends a conversation."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+        try:
+            asked, unasked, whole = (
+                self._render(messages, "", prompt)[0]
+                for messages, prompt in (([question], True), ([question], False), ([question, answer], False))
+            )
+        except DataError:  # it may want another kind of conversation
+            return _Frame()
+        if PROBE not in whole:
+            raise DataError("the chat template leaves an answer's text out: expected one for messages of text")
+        begin = whole.rfind(PROBE)
+        header = whole[len(asked) : begin].strip() if asked == unasked and whole.startswith(asked) else ""
+        behind = self._token.search(whole, begin)
+        tail = whole[begin + len(PROBE) : None if behind is None else behind.start()].strip()
+        if behind is None:
+            followed, _ = self._render([question, answer, question], "")
+            behind = self._token.search(followed, followed.rfind(PROBE))
+        return _Frame(header, tail, None if behind is None else behind[1])
 
     def _marked(self, value: Any) -> Any:
         """A value with a mark before every special token's words in its text."""
@@ -233,7 +257,7 @@ class ChatTemplate:
         begin, shared = len(before), len(after) if text.startswith(after) else sum(takewhile(bool, same))
         if text.startswith(before) and begin < shared:
             written = [found for found in self._token.finditer(text, begin, shared) if found[1]]
-            if ends := [found.end() for found in written if found[1] == self._last_word]:
+            if ends := [found.end() for found in written if found[1] == self._frame.end]:
                 return begin, ends[-1]
             if shared == len(after):
                 return self._closed(text, [(begin, shared)])[0]
@@ -258,16 +282,21 @@ class ChatTemplate:
         return any(found[1] and found.end() == end for found in self._token.finditer(text, *span))
 
     def _encode_to(self, text: str, borders: list[int], place: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and how many of them stand before each of some characters."""
-        *parts, ids = self._encode([*(text[:border] for border in borders), text])
-        for part, border in zip(parts, borders, strict=True):
-            if ids[: len(part)] != part:
+        """The tokens of a text, and how many of them stand before each of some characters, in ascending order."""
+        parts = [text[start:end] for start, end in pairwise([0, *borders, len(text)])]
+        *pieces, ids = self._encode([*parts, text])
+        if ids == list(chain.from_iterable(pieces)):
+            return ids, list(accumulate(map(len, pieces[:-1])))
+        # Some tokenizers encode the beginning of a text in a way of its own.
+        heads = self._encode([text[:border] for border in borders])
+        for head, border in zip(heads, borders, strict=True):
+            if ids[: len(head)] != head:
                 before, behind = (each.replace(MARK, "") for each in (text[:border][-10:], text[border:][:10]))
                 raise DataError(
                     f"{place}: an answer begins or ends inside a token, between {before!r} and {behind!r}: expected a "
                     "chat template whose prompt ends where a token does, such as before a space"
                 )
-        return ids, [len(part) for part in parts]
+        return ids, list(map(len, heads))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of texts that a template wrote: its special tokens are such, those in messages are not."""
@@ -276,10 +305,11 @@ class ChatTemplate:
         return [self._encode_parts(text) for text in texts]
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=False, verbose=False
-        )["input_ids"]
-        return found
+        backend: Any = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_parts(self, text: str) -> list[int]:
         """The same of a text with marks: what stands between special tokens is encoded by itself."""

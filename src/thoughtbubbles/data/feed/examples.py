@@ -57,7 +57,10 @@ def load_examples(recipe: Recipe, section: FineTuningSection, progress: bool) ->
             f"to train on{', packed' if rows is not train else ''}"
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    end = ChatTemplate(tokenizer).end if chats else None
+    end = ChatTemplate(tokenizer).end if chats else tokenizer.eos_token_id
+    if end is None:
+        text = "the chat template ends answers with no special token: only the last of a row has one behind it, eos"
+        say(f"{section.source}: {text}", progress)
     return RunData(
         samples=_Examples(rows, settings.seed, settings.steps * settings.batch_size),
         validation={"validation": Validation(validation, 1.0)},
