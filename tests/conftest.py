@@ -1,4 +1,4 @@
-"""What every test runs under: no network, fixed seeds, poisoned scratch memory, repeatable hypothesis."""
+"""What every test runs under: no network, fixed seeds, poisoned scratch memory, no flushing, repeatable hypothesis."""
 
 import os
 import random
@@ -21,7 +21,7 @@ _EMPTY, _EMPTY_STRIDED = torch.empty, torch.empty_strided
 for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[_variable] = "1"
 
-settings.register_profile("default", derandomize=True, deadline=None)
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("long", derandomize=True, deadline=None, max_examples=2000)
 
 
@@ -43,6 +43,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the package remembers stays out of the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THOUGHTBUBBLES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test outlives a loss of power: what is written need not have reached the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

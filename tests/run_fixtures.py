@@ -1,11 +1,13 @@
 """A tiny corpus and a tiny trained run, made once for all tests that need one."""
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from matplotlib.figure import Figure
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from thoughtbubbles.data import PreparedData, load_prepared, prepare
@@ -70,6 +72,19 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are written and not drawn: for tests of what is around them."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).write_bytes(b"a figure"))
+
+
+@pytest.fixture
+def forked_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a comparison train in forks of this process, which has everything imported."""
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)
 
 
 @pytest.fixture

@@ -97,22 +97,6 @@ def test_every_module_imports_with_base_dependencies_alone() -> None:
     assert {"thoughtbubbles.model.modeling", "thoughtbubbles.model.reference"} <= set(imported.split())
 
 
-@pytest.mark.parametrize("order", ["thoughtbubbles, transformers", "transformers, thoughtbubbles"])
-def test_auto_classes_know_the_model_after_the_import(order: str) -> None:
-    run_script(
-        f"""
-        import {order}
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-        config = AutoConfig.for_model("thoughtbubbles", vocab_size=7, hidden_size=8, num_hidden_layers=1,
-                                      num_attention_heads=2)
-        assert type(config) is thoughtbubbles.ThoughtbubblesConfig
-        assert type(AutoModel.from_config(config)) is thoughtbubbles.ThoughtbubblesModel
-        assert type(AutoModelForCausalLM.from_config(config)) is thoughtbubbles.ThoughtbubblesForCausalLM
-        """
-    )
-
-
 def test_public_names() -> None:
     for module, names in public_names().items():
         for name in names:
@@ -122,15 +106,29 @@ def test_public_names() -> None:
         _ = thoughtbubbles.Bubbles
 
 
-@pytest.mark.parametrize("name", ["thoughtbubbles", "thoughtbubbles.py", "-m"])
-def test_a_program_of_any_name_gets_the_auto_classes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("thoughtbubbles", "thoughtbubbles, transformers"),
+        *(
+            pytest.param(name, "transformers, thoughtbubbles", marks=pytest.mark.long)
+            for name in ("thoughtbubbles.py", "-m")
+        ),
+    ],
+)
+def test_a_program_of_any_name_gets_the_auto_classes_by_the_import(name: str, order: str) -> None:
     run_script(
-        """
+        f"""
         import sys
         sys.argv = sys.argv[1:]
-        import thoughtbubbles
-        from transformers import AutoConfig
-        assert type(AutoConfig.for_model("thoughtbubbles")) is thoughtbubbles.ThoughtbubblesConfig
+        import {order}
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+        config = AutoConfig.for_model("thoughtbubbles", vocab_size=7, hidden_size=8, num_hidden_layers=1,
+                                      num_attention_heads=2)
+        assert type(config) is thoughtbubbles.ThoughtbubblesConfig
+        assert type(AutoModel.from_config(config)) is thoughtbubbles.ThoughtbubblesModel
+        assert type(AutoModelForCausalLM.from_config(config)) is thoughtbubbles.ThoughtbubblesForCausalLM
         """,
         name,
         "thoughtbubbles",

@@ -68,8 +68,9 @@ def test_the_guide_to_inspection_runs(
     assert "Lifetime(stream=3, token=3" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_pool")
 def test_the_python_interface_runs_and_prints_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(sentences(24)):
@@ -79,7 +80,7 @@ def test_the_python_interface_runs_and_prints_what_it_says(
     # The released model of the tests has 8 channels.
     code = "\n".join(blocks("python", API)).replace("num_attention_heads=20", "num_attention_heads=2")
     exec(compile(code, "api.md", "exec"), {})
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     for value in (
         "[0, 1, 2] 3/2 4/3",
         "torch.Size([2, 24, 1000])",

@@ -22,6 +22,7 @@ from thoughtbubbles.evaluation.generation import RANGES, Sampling
 from thoughtbubbles.support.errors import InputError, RunError, ending
 from thoughtbubbles.support.progress import stage
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 ROWS = '{"prompt": "the", "answer": "root", "difficulty": 1}\n' * 3
 
 
@@ -247,8 +248,13 @@ def test_an_output_of_its_own_is_written_again(
     assert (folder / "notes.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "again"])
-@pytest.mark.parametrize("kind", ["inspect-text", "inspect-data", "exact-match", "make-task"])
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [
+        *((kind, old) for kind in ("inspect-text", "inspect-data", "exact-match") for old in (False, True)),
+        ("make-task", False),
+    ],
+)
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path,
     tiny_run: Path,
@@ -262,7 +268,7 @@ def test_a_full_disk_leaves_what_was_there(
     rows.write_text(ROWS)
     command = calls(tiny_run, tiny_data, rows)[kind]
     before = {}
-    if old and kind != "make-task":
+    if old:
         run(*command, folder)
         before = {path: path.read_bytes() for path in folder.iterdir()}
     flushed = []

@@ -26,7 +26,9 @@ evaluation:
 
 def write_recipe(folder: Path, data: Path, variants: str = "[dense, budget-1, causal]") -> Path:
     """The recipe of a comparison in `folder`, with its output in `folder`/out."""
-    base = RECIPE.format(data=data, output="").replace("  output: \n", "").replace("budget: 1.5", "budget: 2")
+    base = RECIPE.format(data=f"{data}\n  eval_blocks: 2\n  final_eval_blocks: 4", output="")
+    for old, new in (("  output: \n", ""), ("budget: 1.5", "budget: 2"), ("save_every: 4", "save_every: 12")):
+        base = base.replace(old, new)
     path = folder / "compare.yaml"
     path.write_text(base + SETTINGS.format(output=folder / "out", variants=variants))
     return path

@@ -16,18 +16,24 @@ from tests.training.test_run import comparable
 from thoughtbubbles.cli import app
 from thoughtbubbles.comparison import pool
 from thoughtbubbles.comparison.compare import carry_out, look
+from thoughtbubbles.comparison.measuring import measure_run
 from thoughtbubbles.comparison.pages import write_report
 from thoughtbubbles.comparison.results import build_report
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.data import PreparedData
+from thoughtbubbles.recipes.comparison import load_comparison
 from thoughtbubbles.recipes.training import RecipeError
 from thoughtbubbles.support.errors import InputError, RunError
-from thoughtbubbles.support.files import sole_user
+from thoughtbubbles.support.files import LOCK_NAME, sole_user
 from thoughtbubbles.training.run import train
 
 
 def test_tunes_trains_and_measures_several_at_a_time(
-    tmp_path: Path, tiny_data: PreparedData, other_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_data: PreparedData,
+    other_data: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    forked_pool: None,
 ) -> None:
     tuning = f"tuning={{learning_rates: [1e-30, 1e-2], data: {other_data.path}, tokens: 0.5}}"
     variants = "{dense: , causal: {rate_of: dense}}"
@@ -47,9 +53,15 @@ def test_tunes_trains_and_measures_several_at_a_time(
     assert [each.label for each in again.finished] == [each.label for each in done.finished]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_run_that_cannot_go_on_stops_no_other(tmp_path: Path, tiny_data: PreparedData) -> None:
     variants = "{dense: , wild: {like: dense, training: {learning_rate: 1e36, max_grad_norm: 1e36}}}"
     recipe = write_recipe(tmp_path, tiny_data.path, variants)
+    planner = RunPlanner(load_comparison(recipe, ["seeds=[0]"]))
+    dense, _ = planner.runs({})
+    train(dense.recipe, progress=False)
+    measure_run(dense.folder, planner.data, planner.comparison.evaluation)
+    (planner.comparison.output / LOCK_NAME).touch()
     made = CliRunner().invoke(app, ["compare", str(recipe), "seeds=[0]", "--quiet"])
     assert isinstance(made.exception, RunError)
     assert "1 runs cannot go on: wild/seed-0: step " in str(made.exception)
@@ -101,6 +113,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, tiny_data: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_that_cannot_be_written_is_a_line(tmp_path: Path, finished: RunPlanner) -> None:
     (tmp_path / "plots").write_text("mine")
     with pytest.raises(RunError, match=r"^report in .*: .*; the runs are whole"):
@@ -124,6 +137,7 @@ def test_two_comparisons_do_not_share_a_folder(finished: RunPlanner) -> None:
         carry_out(finished, progress=False)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_reports_what_is_finished(finished: RunPlanner) -> None:
     recipe = finished.comparison.output.parent / "compare.yaml"
     variants = "variants=[dense, budget-1, copy-root, topk, causal, causal-half]"

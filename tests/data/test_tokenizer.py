@@ -2,8 +2,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -61,17 +59,6 @@ def test_small_corpus_gives_a_smaller_vocabulary() -> None:
 def test_vocabulary_below_the_bytes_is_refused() -> None:
     with pytest.raises(DataError, match="vocab_size is 256: expected at least 257"):
         train_tokenizer(["text"], 256)
-
-
-def test_training_is_the_same_in_another_process(trained: PreTrainedTokenizerFast) -> None:
-    code = (
-        "from tests.data.conftest import make_texts; from thoughtbubbles.data.tokenizer import train_tokenizer; "
-        "print(train_tokenizer(make_texts(30), 330).backend_tokenizer.to_str())"
-    )
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "7"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, check=True)
-    assert json.loads(done.stdout) == spec(trained)
 
 
 def test_saved_tokenizer_is_loadable_and_never_warns_of_length(

@@ -32,7 +32,7 @@ data:
   prompt: "Question: {{question}}\\nAnswer:"
   completion: " {{answer}}"
   tokenizer: {tokenizer}
-  max_length: 160
+  max_length: 120
 training:
   output: {folder}/run
   steps: 6

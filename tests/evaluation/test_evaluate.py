@@ -34,7 +34,7 @@ from thoughtbubbles.support.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING = ",".join(BENCHMARKS)
-PASSAGES = 12
+PASSAGES = 4
 OPENING = 12
 KNOWN = 0.004  # nats per token
 
@@ -156,15 +156,17 @@ def test_random_scores_give_chance(tmp_path: Path, tiny_data: PreparedData, monk
             assert abs(drawn.estimate - chance) < 3 * drawn.standard_error, (name, metric.metric)
 
 
-@pytest.mark.parametrize("routing", ["causal", "topk"])
-def test_no_result_depends_on_the_batch(tmp_path: Path, files: Path, tiny_data: PreparedData, routing: str) -> None:
-    model = save(make_model(tiny_data, routing=routing, max_position_embeddings=256), tiny_data, tmp_path / "model")
+@pytest.mark.parametrize(("routing", "tasks"), [("causal", EVERYTHING), ("topk", "piqa,gsm8k")])
+def test_no_result_depends_on_the_batch(
+    tmp_path: Path, files: Path, tiny_data: PreparedData, routing: str, tasks: str
+) -> None:
+    model = save(make_model(tiny_data, routing=routing, max_position_embeddings=160), tiny_data, tmp_path / "model")
     folders = [
-        evaluate(str(model), tmp_path / str(size), options(EVERYTHING, files, limit=3, batch_size=size), progress=False)
+        evaluate(str(model), tmp_path / str(size), options(tasks, files, limit=2, batch_size=size), progress=False)
         for size in (1, 8)
     ]
     alone, together = (folder.records(tuple(BENCHMARKS)) for folder in folders)
-    assert [each.task for each in alone] == list(BENCHMARKS)
+    assert {each.task for each in alone} == set(tasks.split(","))
     for one, other in zip(alone, together, strict=True):
         assert (one.documents, one.generations, one.clusters) == (other.documents, other.generations, other.clusters)
         for first, second in zip(one.metrics, other.metrics, strict=True):
@@ -190,7 +192,7 @@ def test_texts_longer_than_the_row_are_cut_on_the_left_and_counted(
 def test_cache_on_and_off_give_the_same(tmp_path: Path, files: Path, causal: Path) -> None:
     found = []
     for cached in (True, False):
-        chosen = options("gsm8k", files, limit=4, use_cache=cached)
+        chosen = options("gsm8k", files, limit=2, use_cache=cached)
         (record,) = evaluate(str(causal), tmp_path / str(cached), chosen, progress=False).records(["gsm8k"])
         found.append((record.generations, [metric.values for metric in record.metrics]))
     assert found[0] == found[1]
@@ -267,14 +269,14 @@ def test_metrics_are_what_the_harness_reports(
 ) -> None:
     from lm_eval.evaluator import evaluate as run_harness
 
-    folder = evaluate(str(causal), tmp_path / "out", options(EVERYTHING, files, limit=5), progress=False)
+    folder = evaluate(str(causal), tmp_path / "out", options(EVERYTHING, files, limit=3), progress=False)
     lm = wrap(make_model(tiny_data, max_position_embeddings=256), tiny_data)
     for record in folder.records(tuple(BENCHMARKS)):
         loaded = load_benchmark(BENCHMARKS[record.task], files, num_fewshot=0)
         # For errors of perplexities it would draw in processes of its own.
         iterations = int(record.metrics[0].kind == "mean")
         tasks = {"tasks": dict(loaded.tasks)}
-        results = run_harness(lm, tasks, samples=loaded.samples(5), bootstrap_iters=iterations)["results"]
+        results = run_harness(lm, tasks, samples=loaded.samples(3), bootstrap_iters=iterations)["results"]
         for metric in record.metrics:
             if metric.protocol != "harness":
                 continue
@@ -325,7 +327,7 @@ def test_a_single_document_has_no_error() -> None:
 
 
 def test_the_command_evaluates_compares_and_plots(tmp_path: Path, files: Path, causal: Path) -> None:
-    command = ["evaluate", str(causal), "--tasks", "piqa,gsm8k", "--data-dir", str(files), "--limit", "4", "--quiet",
+    command = ["evaluate", str(causal), "--tasks", "piqa,blimp", "--data-dir", str(files), "--limit", "4", "--quiet",
                "--num-fewshot", "0", "--no-cache"]  # fmt: skip
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "a"), "--budget", "1,1.5"])
     assert result.exit_code == 0, result.output

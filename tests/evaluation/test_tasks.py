@@ -186,6 +186,7 @@ def test_wikitext_is_cut_at_titles(tmp_path: Path) -> None:
     assert " = = Part = = " in found[1]
 
 
+@pytest.mark.long
 @pytest.mark.data
 def test_the_real_files_make_the_known_requests() -> None:
     folder = SHARED / "data" / "evals"

@@ -71,7 +71,7 @@ def test_only_the_forks_of_the_token_go(rules: Case) -> None:
 @every_case
 def test_change_is_the_difference_of_surprisals(rules: Case) -> None:
     model, ids = tiny_model(**rules), random_ids(1, 11)
-    tokens = bubble_tokens(model, ids)
+    tokens = bubble_tokens(model, ids)[-4:]
     made = ablate(model, ids[0].tolist(), tokens, batch_size=3)
     assert made.tokens == tokens
     whole = predictions(model(ids).logits, ids)[1][0]

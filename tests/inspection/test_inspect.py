@@ -18,6 +18,7 @@ from thoughtbubbles.inspection.bubbles import shade_bubbles
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.training.run import train
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 TEXT = "the root of"
 
 

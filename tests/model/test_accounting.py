@@ -83,10 +83,12 @@ def gate_flops(config: ThoughtbubblesConfig, length: int) -> int:
     return sum(2 * entering[layer] * 2 * config.hidden_size for layer in config.gated_layers)
 
 
+long = pytest.mark.long
 FLOP_CASES = [
     *((routing, budget, "residual", 17) for routing, budget in SPENDING),
-    *((routing, budget, "probability", 17) for routing, budget in SPENDING),
-    *((routing, 1.5, merge, length) for routing in ("causal", "topk") for merge in MERGES for length in (1, 9, 16)),
+    *(pytest.param(routing, budget, "probability", 17, marks=long) for routing, budget in SPENDING),
+    *(("causal", 1.5, merge, length) for merge in MERGES for length in (1, 9)),
+    *(pytest.param("topk", 1.5, merge, length, marks=long) for merge in MERGES for length in (1, 9, 16)),
     ("none", 1, "probability", 9),
 ]
 
@@ -145,7 +147,7 @@ def test_flops_of_a_cached_step_are_what_torch_counts(routing: str, budget: floa
     assert counted == pytest.approx(decoding_flops(model.config, 20) - gate_flops(model.config, 20) / 20)
 
 
-@pytest.mark.parametrize("budget", [1.5, 2, 3])
+@pytest.mark.parametrize("budget", [2, pytest.param(1.5, marks=long), pytest.param(3, marks=long)])
 def test_flops_of_the_cached_steps_of_a_row_are_near_the_sum(budget: float) -> None:
     """Above by no more than rounding of widths, below by what scores leave unspent of the budget."""
     model = decoding_model(budget=budget)
@@ -274,7 +276,11 @@ class Case:
 )
 @pytest.mark.parametrize(
     "case",
-    [Case(61, 64, 2, None, 33, 3), Case(997, 96, 4, 200, 64, 2), Case(300, 128, 8, 512, 99, 1)],
+    [
+        Case(61, 64, 2, None, 33, 3),
+        Case(997, 96, 4, 200, 64, 2),
+        pytest.param(Case(300, 128, 8, 512, 99, 1), marks=long),
+    ],
     ids=lambda case: f"D{case.hidden_size}",
 )
 def test_activations_are_what_autograd_saves(

@@ -72,8 +72,7 @@ def agree(actual: Tensor, expected: Tensor, mask: Tensor | None, tolerance: floa
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("rows", "attenuation"), [(1, "paper"), (5, "paper"), (5, "released"), (5, "none")])
 def test_each_step_gives_the_logits_of_the_full_forward(budget: float, attenuation: str, rows: int) -> None:
     model = make(budget=budget, attenuation=attenuation)
     ids, mask = ids_and_mask(rows)
@@ -85,8 +84,7 @@ def test_each_step_gives_the_logits_of_the_full_forward(budget: float, attenuati
 
 
 @every_rule
-@pytest.mark.parametrize("attenuation", ["paper", "released"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("rows", "attenuation"), [(1, "paper"), (5, "released")])
 def test_each_step_by_other_rules(rules: dict[str, Any], attenuation: str, rows: int) -> None:
     model = make(attenuation=attenuation, **rules)
     ids, mask = ids_and_mask(rows)
@@ -153,20 +151,18 @@ def greedy(model, ids: Tensor, mask: Tensor | None = None, **arguments: object) 
 
 
 @pytest.mark.parametrize(
-    ("rows", "budget"),
+    ("rows", "budget", "tokens"),
     [
-        (1, 2),
-        (5, 1.5),
-        (5, 4),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 1), (1, 1.5), (1, 4), (5, 1), (5, 2))),
+        *((rows, budget, 60) for rows, budget in ((1, 2), (5, 1.5), (5, 4))),
+        *(pytest.param(rows, budget, 200, marks=pytest.mark.long) for rows in (1, 5) for budget in BUDGETS),
     ],
 )
-def test_200_greedy_tokens_are_those_of_recomputing(budget: float, rows: int) -> None:
+def test_greedy_tokens_are_those_of_recomputing(budget: float, rows: int, tokens: int) -> None:
     model = make(torch.float32)
     ids, mask = ids_and_mask(rows)
     ids, mask = ids[:, :12], mask[:, :12].clone()
     mask[:, -1] = 1
-    arguments = {"max_new_tokens": 200, "budget": budget}
+    arguments = {"max_new_tokens": tokens, "budget": budget}
     assert torch.equal(greedy(model, ids, mask, **arguments), greedy(model, ids, mask, use_cache=False, **arguments))
 
 
@@ -243,8 +239,11 @@ def test_streamer_stop_strings_and_pipeline(tiny_run: Path, capsys: pytest.Captu
     assert pipe("the", max_new_tokens=9, do_sample=False)[0]["generated_text"] == text
 
 
-@pytest.mark.parametrize("rules", [{}, *LEFT_TO_RIGHT], ids=str)
-@pytest.mark.parametrize("keep", [0, 1, 9, 22])
+@pytest.mark.parametrize(
+    ("rules", "keep"),
+    [*(({}, keep) for keep in (0, 1, 9, 22)), *((rules, keep) for rules in LEFT_TO_RIGHT for keep in (1, 9))],
+    ids=str,
+)
 def test_crop_forgets_the_last_columns(keep: int, rules: dict[str, Any]) -> None:
     model = make(**rules)
     ids, mask = ids_and_mask(4)

@@ -305,14 +305,16 @@ def test_code_of_a_runs_card_runs(tiny_run: Path, monkeypatch: pytest.MonkeyPatc
     assert namespace["tokenizer"].model_max_length == namespace["model"].config.max_position_embeddings == 16
 
 
-@pytest.mark.parametrize("place", [".", "my-model"])
-def test_code_of_the_card_runs_where_the_package_is_not_installed(folder: Path, tmp_path: Path, place: str) -> None:
-    if place != ".":
-        write_model_card(folder, tiny_config(budget=1.5), name=place)
-    _, remote, budget = blocks_of(folder)
+def test_code_of_the_card_runs_where_the_package_is_not_installed(folder: Path, tmp_path: Path) -> None:
+    """In the model's own folder, and beside it by the name that the card was given."""
+    script = [HIDE_THE_PACKAGE]
+    for place, cwd in ((".", folder), (folder.name, folder.parent)):
+        if place != ".":
+            write_model_card(folder, tiny_config(budget=1.5), name=place)
+        _, remote, budget = blocks_of(folder)
+        script += ["import os", f"os.chdir({str(cwd)!r})", remote, budget, "print(type(model).__module__)"]
     done = subprocess.run(
-        [sys.executable, "-c", f"{HIDE_THE_PACKAGE}\n{remote}\n{budget}\nprint(type(model).__module__)"],
-        cwd=folder if place == "." else folder.parent,
+        [sys.executable, "-c", "\n".join(script)],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -321,7 +323,8 @@ def test_code_of_the_card_runs_where_the_package_is_not_installed(folder: Path, 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("transformers_modules.")
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("transformers_modules.")]
+    assert len(set(loaded)) == 2
 
 
 def test_card_of_topk_warns(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def evaluated(model: ThoughtbubblesForCausalLM, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("routing", "budgets"),
     [
-        ("causal", [1.5, 2]),
-        ("topk", [1.5, 2]),
         ("threshold", [1.5, 2]),
-        ("none", [1]),
+        pytest.param("causal", [1.5, 2], marks=long),
+        pytest.param("topk", [1.5, 2], marks=long),
+        pytest.param("none", [1], marks=long),
         pytest.param("looped", [1], marks=long),
         pytest.param("random", [1.5, 2], marks=long),
         pytest.param("uniform", [1.5, 2], marks=long),
@@ -94,7 +94,7 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     assert not counters["recompile_limit"]
 
 
-@pytest.mark.parametrize("pieces", ["blocks", "whole"])
+@pytest.mark.parametrize("pieces", ["whole", pytest.param("blocks", marks=long)])
 def test_a_compiled_run_is_that_of_the_model(
     pieces: str,
     tmp_path: Path,
@@ -120,7 +120,7 @@ def test_a_compiled_run_is_that_of_the_model(
     "rules",
     [
         {"routing": "causal"},
-        {"routing": "threshold"},
+        pytest.param({"routing": "threshold"}, marks=long),
         pytest.param({"routing": "topk"}, marks=long),
         pytest.param({"routing": "random"}, marks=long),
         pytest.param({"routing": "none", "num_loops": 2}, marks=long),
@@ -130,7 +130,7 @@ def test_a_compiled_run_is_that_of_the_model(
 def test_blocks_compiled_by_themselves_compute_what_the_model_does(
     rules: dict[str, Any], graphs: CompileCounterWithBackend
 ) -> None:
-    shape: dict[str, Any] = {"num_hidden_layers": 4, "fork_layers": [1, 2], "budget": 2, **rules}
+    shape: dict[str, Any] = {"num_hidden_layers": 3, "fork_layers": [1, 2], "budget": 2, **rules}
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     compile_model(compiled, "blocks", backend=graphs)
     for step in (1, 2, 3):

@@ -15,7 +15,7 @@ from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.training.checkpoints import PREFIX
 from thoughtbubbles.training.run import RunSummary, train
 
-OVERRIDES = ("training.save_every=1", "training.eval_every=2", "training.steps=30", "training.log_every=3")
+OVERRIDES = ("training.save_every=1", "training.eval_every=2", "training.log_every=3")
 
 
 def start(recipe: Recipe, log: Path) -> int:
@@ -42,11 +42,14 @@ def wait_for_a_half_written_checkpoint(recipe: Recipe, seconds: float = 2.0) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_survives_being_killed_again_and_again(tmp_path: Path, tiny_data: PreparedData, kills: int) -> None:
+@pytest.mark.parametrize(("kills", "steps"), [(4, 15), pytest.param(20, 30, marks=pytest.mark.long)])
+def test_a_run_survives_being_killed_again_and_again(
+    tmp_path: Path, tiny_data: PreparedData, kills: int, steps: int
+) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole, killed = (tiny_recipe(tmp_path / name, tiny_data.path, *OVERRIDES) for name in ("whole", "killed"))
+    overrides = (*OVERRIDES, f"training.steps={steps}")
+    whole, killed = (tiny_recipe(tmp_path / name, tiny_data.path, *overrides) for name in ("whole", "killed"))
     began = time.monotonic()
     train(whole, progress=False)
     duration = time.monotonic() - began

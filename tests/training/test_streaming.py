@@ -179,8 +179,9 @@ def test_a_source_that_goes_away_ends_the_run_and_the_next_start_goes_on(
     tmp_path: Path, tiny_data: PreparedData
 ) -> None:
     texts = write_texts(tmp_path / "texts", files=20, rows=1)
-    recipe = stream_recipe(tmp_path, texts, tiny_data, "training.steps=40")
-    whole = stream_recipe(tmp_path / "whole", texts, tiny_data, "training.steps=40")
+    longer = ("training.steps=40", "training.save_every=8", "training.eval_every=20")
+    recipe = stream_recipe(tmp_path, texts, tiny_data, *longer)
+    whole = stream_recipe(tmp_path / "whole", texts, tiny_data, *longer)
     train(whole, progress=False)
     with pytest.raises(RunError, match=r"cannot read .*texts/.*; when it can be read again, the same command goes on"):
         train_with(recipe, _Remove(texts, at=9))

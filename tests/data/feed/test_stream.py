@@ -202,7 +202,7 @@ def through_json(record: StreamRecord) -> StreamRecord:
     processes=st.lists(st.integers(1, 3), min_size=4, max_size=4),
     ahead=st.integers(0, 9),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_any_number_of_processes_goes_on_from_any_sample(
     sources: list[list[list[int]]], lanes: int, window: int, stops: list[int], processes: list[int], ahead: int
 ) -> None:

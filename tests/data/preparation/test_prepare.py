@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,14 @@ def test_tokenizer_learns_from_a_sample_of_the_training_documents(
     assert part.train.documents == 24
 
 
-def test_python_stdlib_can_be_prepared(tmp_path: Path) -> None:
+def test_python_stdlib_can_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     this = next(file for file in resolve_source("python-stdlib").files if file.name == "this.py")
+    for package in ("json", "test"):
+        shutil.copytree(this.parent / "json", tmp_path / "lib" / package)
+    shutil.copy(this, tmp_path / "lib")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
     manifest = prepare(tmp_path / "out", ["python-stdlib"], validation=[str(this)], vocab_size=300)
-    assert manifest.train.documents > 100
+    assert manifest.train.documents == len([*(this.parent / "json").glob("*.py")])
     assert manifest.excluded_documents == 1
     assert manifest.sources[0].kind == "python-stdlib"
 
@@ -399,19 +404,21 @@ def test_piped_bars_are_plain_lines_and_can_be_turned_off(
     assert not are_progress_bars_disabled()
 
 
-def test_nothing_is_written_to_the_home_folder(tmp_path: Path, corpus: str) -> None:
+def test_another_process_prepares_the_same_and_writes_nothing_to_the_home_folder(tmp_path: Path, corpus: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    environment = {**os.environ, "HOME": str(home)}
+    environment = {**os.environ, "HOME": str(home), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "7"}
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
         environment.pop(name, None)
     code = (
         "from thoughtbubbles.data import load_prepared, prepare; "
-        f"prepare({str(tmp_path / 'out')!r}, [{corpus!r}], vocab_size=300, block_size=16); "
+        f"prepare({str(tmp_path / 'out')!r}, [{corpus!r}], **{SMALL!r}); "
         f"print(load_prepared({str(tmp_path / 'out')!r}).train[0])"
     )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     assert not [file for file in home.rglob("*") if file.is_file()]
+    prepare(tmp_path / "here", [corpus])
+    assert content(tmp_path / "out") == content(tmp_path / "here")
 
 
 @pytest.fixture
@@ -471,6 +478,7 @@ def test_broken_manifests_do_not_load(out: Path, text: str, message: str) -> Non
         load_prepared(out)
 
 
+@pytest.mark.long
 @pytest.mark.data
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder `shared` beside the checkout")
 def test_books_with_the_gpt2_tokenizer(tmp_path: Path) -> None:

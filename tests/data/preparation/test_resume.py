@@ -3,9 +3,9 @@
 import errno
 import fcntl
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -406,49 +406,50 @@ def test_a_dataset_that_changes_on_the_hub_is_read_on_at_its_commit(
     assert (record.revision, record.commit, record.name) == ("main", "abc", "hf:some/one?revision=main")
 
 
-PROGRAM = """
-import sys
-from thoughtbubbles.data import prepare
-from thoughtbubbles.data.preparation import shards
-shards.SHARD_BYTES = 30_000
-append = shards.ShardWriter.append
-import time
-def slowly(writer, tokens):
-    time.sleep(0.004)
-    append(writer, tokens)
-shards.ShardWriter.append = slowly
-print("ready", flush=True)
-prepare(sys.argv[1], sys.argv[2:-1], tokenizer=sys.argv[-1], block_size=16, num_proc=2)
-"""
+def start(output: Path, source: Path, tokenizer: Path, log: Path) -> int:
+    """Prepare slowly in a forked child, which has everything imported; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    append, status = shards.ShardWriter.append, 1
+
+    def slowly(writer: shards.ShardWriter, tokens: Any) -> None:
+        time.sleep(0.004)
+        append(writer, tokens)
+
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        shards.SHARD_BYTES = 30_000
+        setattr(shards.ShardWriter, "append", slowly)  # noqa: B010 - a method
+        with log.open("w", buffering=1) as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            both: dict[str, Any] = {"tokenizer": str(tokenizer), "validation_fraction": 0.05}
+            prepare(output, [str(source)], **both, num_proc=2, progress=True)
+        status = 0
+    finally:
+        os._exit(status)
 
 
-def start(output: Path, source: Path, tokenizer: Path) -> "subprocess.Popen[str]":
-    # A process that a shell started in the background has SIGINT ignored, and its children with it.
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(output), str(source), str(tokenizer)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_processes_leave_work_that_goes_on(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_folder(tmp_path / "texts", make_texts(250, seed=4))
     prepare(tmp_path / "expected", [str(source)], tokenizer=str(tokenizer_folder), validation_fraction=0.05)
     work = tmp_path / ".out.partial" / "shards"
     chance = random.Random(0)
     # Killed inside a shard, at a random moment, once more shards are there than the last time.
+    log = tmp_path.parent / f"{tmp_path.name}.log"
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = start(tmp_path / "out", source, tokenizer_folder)
+        child = start(tmp_path / "out", source, tokenizer_folder, log)
         done = len([*work.glob("[0-9]*")])
         while len([*work.glob("[0-9]*")]) <= done:
-            assert process.poll() is None, process.communicate()
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()
             time.sleep(0.005)
         time.sleep(chance.random() * 0.05)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
+        os.kill(child, number)
+        _, status = os.waitpid(child, 0)
+        assert status != 0
+        errors = log.read_text()
         if done:
             assert " documents and " in errors
         if number == signal.SIGINT:
