@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -343,6 +345,22 @@ def test_conversations_are_read_counted_and_told_apart(tmp_path: Path, tokenizer
     assert read(source, tokenizer).fingerprint() != everything.fingerprint()
     with pytest.raises(DataError, match=r"all 30 rows are longer than max_length=5, expected at least \d+, the tokens"):
         read(source, tokenizer, 5)
+
+
+def test_tables_and_lines_hold_the_same_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A table has every key in every message, also those that hold nothing."""
+    rows = chats(6)
+    expected = read(write(tmp_path / "rows.jsonl", rows), tokenizer).fingerprint()
+    filled = [[{**message, "name": None, "tool_calls": None} for message in row] for row in rows]
+    kind = pa.struct(
+        [(name, pa.string()) for name in ("role", "content", "name")] + [("tool_calls", pa.list_(pa.string()))]
+    )
+    table = pa.table({"messages": pa.array(filled, pa.list_(kind)), "number": range(6)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=4)
+    assert read(str(tmp_path / "rows.parquet"), tokenizer).fingerprint() == expected
+    (tmp_path / "hub").mkdir()
+    pq.write_table(table, tmp_path / "hub" / "train.parquet")
+    assert read(f"hf:{tmp_path}/hub?streaming=true", tokenizer).fingerprint() == expected
 
 
 def test_a_row_in_the_middle_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
