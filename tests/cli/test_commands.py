@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from thoughtbubbles.cli import app, main
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.tokenizer import save_tokenizer, train_tokenizer
 from thoughtbubbles.recipes.options import PlanOptions, Preparation
+from thoughtbubbles.support.errors import InputError
 
 COMMAND = (sys.executable, "-c", "from thoughtbubbles_command import main; main()")
 COMMANDS = (
@@ -156,6 +158,30 @@ def test_generate_asks_until_the_input_ends(tiny_run: Path) -> None:
     assert result.stdout.count("> ") == 3
 
 
+def test_a_prompt_that_does_not_fit_ends_no_session_at_a_terminal(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["generate", str(tiny_run), "--interactive", "--max-new-tokens", "2"]
+    typed = "the\n" + "zq " * 20 + "\nroot\n"
+    piped = CliRunner().invoke(app, arguments, input=typed)
+    assert isinstance(piped.exception, InputError)
+    assert piped.stdout.count("> ") == 2
+    monkeypatch.setattr(
+        "thoughtbubbles.cli.generation.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
+    result = CliRunner().invoke(app, arguments, input=typed, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout.count("> ") == 4
+    assert "tokens: expected at most 15" in result.stderr
+
+
+@pytest.mark.parametrize("option", [[], ["--interactive"]], ids=str)
+def test_standard_input_that_is_no_text(tiny_run: Path, option: list[str]) -> None:
+    result = CliRunner().invoke(app, ["generate", str(tiny_run), *option], input=b"the \xff\n")
+    assert isinstance(result.exception, InputError)
+    assert "standard input is not UTF-8: " in str(result.exception)
+
+
 def test_generate_prints_json_with_bubbles(tiny_run: Path) -> None:
     made = json.loads(run("generate", tiny_run, "--prompt", "the", "--json", "--show-bubbles", "--budget", "2"))
     assert made["prompt"] == "the"
@@ -174,6 +200,7 @@ def test_generate_marks_bubbles(tiny_run: Path) -> None:
         (["generate", "{run}", "--file", "{tmp}/none.txt"], "none.txt"),
         (["generate", "{run}", "--prompt", "zq zq zq zq zq zq zq zq zq zq"], "expected at most 15"),
         (["prepare", "{tmp}/out", "{tmp}/nowhere"], "nowhere"),
+        (["prepare", "{tmp}/out", ""], "source '' does not exist"),
         (["prepare", "{tmp}/out", "--vocab-size", "5"], "5"),
         (["prepare", "{tmp}/out", "{tmp}/rows.jsonl", "--text-field", "body"], "no field 'body': it has 'text'"),
         (["prepare", "{tmp}/out", "{tmp}/empty.txt"], "has no documents"),

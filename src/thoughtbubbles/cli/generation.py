@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,8 @@ def generate(
     if chat:
         answers = _answers(_chat(loaded, tokenizer, settings, system), prompt, as_json)
     else:
-        answers = _continued(loaded, tokenizer, settings, _prompts(prompt, file, text_field, interactive), as_json)
+        prompts = _prompts(prompt, file, text_field, interactive)
+        answers = _continued(loaded, tokenizer, settings, prompts, as_json, interactive and sys.stdin.isatty())
     for made in answers:
         sizes = final_bubbles(loaded, made.ids, budget) if show_bubbles else None
         if as_json:
@@ -107,12 +108,13 @@ def _continued(
     settings: "Decoding",
     prompts: Iterator[str],
     quiet: bool,
+    typed: bool,
 ) -> "Iterator[Generation]":
     """Prompts with what follows them, which is printed as it comes if not `quiet`."""
     from thoughtbubbles.evaluation.generation import TextPrinter, generate_text
 
     for text in prompts:
-        with bad_input():
+        with _told(typed):
             streamer = None if quiet else TextPrinter(tokenizer, _print)
             yield generate_text(model, tokenizer, text, **vars(settings), streamer=streamer)
 
@@ -127,15 +129,22 @@ def _chat(
 
 
 def _answers(chat: "Chat", prompt: str | None, quiet: bool) -> "Iterator[Generation]":
-    """The answers to what a user says; those of a terminal that cannot be given are told, and the talk goes on."""
+    """The answers to what a user says."""
     for question in _questions(chat, prompt):
-        try:
-            with bad_input():
-                yield chat.ask(question, None if quiet else chat.printer(_print))
-        except InputError as error:
-            if prompt is not None or not sys.stdin.isatty():
-                raise
-            typer.echo(error, err=True)
+        with _told(prompt is None and sys.stdin.isatty()):
+            yield chat.ask(question, None if quiet else chat.printer(_print))
+
+
+@contextmanager
+def _told(typed: bool) -> Iterator[None]:
+    """Tell whoever typed it at a terminal what is wrong with an input, and go on; else it is bad input."""
+    try:
+        with bad_input():
+            yield
+    except InputError as error:
+        if not typed:
+            raise
+        typer.echo(error, err=True)
 
 
 def _questions(chat: "Chat", prompt: str | None) -> Iterator[str]:
@@ -160,7 +169,12 @@ def _typed(mark: str) -> Iterator[str]:
     """Lines that a user types until the end of input, each after a mark."""
     with suppress(EOFError):
         while True:
-            yield input(mark)
+            try:
+                line = input(mark)
+            except UnicodeDecodeError as error:
+                raise InputError(f"standard input is not UTF-8: {error}") from None
+            _check_text("standard input", line)
+            yield line
 
 
 def _print(text: str) -> None:

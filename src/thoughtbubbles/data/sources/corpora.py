@@ -116,7 +116,7 @@ def _resolve_path(name: str, field: str | None) -> FileSource:
     if name == PYTHON_STDLIB:
         return FileSource(name, tuple(_stdlib_files()))
     path = user_path(name)
-    if path.exists():
+    if name and path.exists():  # an empty name, as an unset variable leaves it, would be the folder of the process
         found = [path]
     elif glob.has_magic(name):
         found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
