@@ -1,6 +1,7 @@
 """Decoding with a cache against the full forward and the reference (method: Cache, Near ties)."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -402,12 +403,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"filled by a model with \{{'{field}': .*, expected \{{'{field}': "):
             make(**{field: other})(torch.ones(3, 1, dtype=torch.int64), cache=self.cache())
 
-    def test_a_setting_changed_under_way(self) -> None:
+    @pytest.mark.parametrize(
+        ("change", "before"),
+        [
+            (lambda config: setattr(config, "attenuation", "none"), r"\{'attenuation': 'paper'\}"),
+            (lambda config: config.fork_layers.append(4), r"\{'fork_layers': \[1, 2, 3\]\}"),
+        ],
+        ids=["replaced", "in-place"],
+    )
+    def test_a_setting_changed_under_way(self, change: Callable[[Any], None], before: str) -> None:
         model, cache = make(), StreamCache()
         ids = torch.ones(1, 2, dtype=torch.int64)
         model(ids, cache=cache)
-        model.config.attenuation = "none"
-        with pytest.raises(ValueError, match=r"model with \{'attenuation': 'paper'\}"):
+        change(model.config)
+        with pytest.raises(ValueError, match=f"model with {before}"):
             model(ids, cache=cache)
 
     def test_a_model_that_copies(self) -> None:
