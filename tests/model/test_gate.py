@@ -188,11 +188,17 @@ def test_scores_are_float32_whatever_the_residuals_are() -> None:
     assert gate(streams, ALL).residual.dtype == torch.bfloat16
 
 
-def test_autocast_does_not_reach_the_gate() -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_autocast_does_not_reach_the_gate(adapted: bool) -> None:
     gate, streams = random_gate(), entering()
+    expected = F.logsigmoid(gate.projection(gate.norm(streams.residual))).flatten(1)
+    if adapted:  # adapters are products of matrices, which autocast narrows
+        plain = torch.nn.Linear(16, 2, bias=False)
+        plain.load_state_dict(gate.projection.state_dict())
+        gate.projection = plain
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = gate.candidate_scores(streams)
-    assert torch.equal(scores, gate.candidate_scores(streams))
+    assert torch.allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_the_width_is_static() -> None:
@@ -214,11 +220,11 @@ def test_draws_far_closer_than_scores_can_be_are_told_apart(monkeypatch: pytest.
 
 def test_equal_streams_have_equal_scores_in_any_batch() -> None:
     gate = random_gate()
-    stream = torch.randn(1, 1, 16)
-    one = gate.candidate_scores(Streams.from_embeddings(stream))
-    for rows, tokens in ((1, 2), (1, 7), (3, 33), (16, 64)):
-        many = gate.candidate_scores(Streams.from_embeddings(stream.expand(rows, tokens, -1).contiguous()))
-        assert torch.equal(many, one.repeat(rows, tokens))
+    for stream in torch.randn(20, 1, 1, 16):
+        one = gate.candidate_scores(Streams.from_embeddings(stream))
+        for rows, tokens in ((1, 2), (1, 7), (3, 33), (16, 64)):
+            many = gate.candidate_scores(Streams.from_embeddings(stream.expand(rows, tokens, -1).contiguous()))
+            assert torch.equal(many, one.repeat(rows, tokens))
 
 
 @given(
