@@ -360,8 +360,10 @@ def test_conversations_are_told_from_prompts(tmp_path: Path, tiny_data: Prepared
     assert len(plain.samples[0].tokens) < 6
     with pytest.raises(DataError, match=r"the tokenizer has no chat template: expected chat_template\.jinja beside it"):
         load_run_data(chat_recipe(tmp_path, tiny_data), progress=False)
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 1 has no field 'completion': it has 'messages', 'prompt'"):
-        load_run_data(chat_recipe(tmp_path, tiny_data, "data.messages=chat"), progress=False)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1 has no field 'chat': it has 'messages', 'prompt'"):
+        load_run_data(chat_recipe(tmp_path, tiny_data, given, "data.messages=chat"), progress=False)
+    with pytest.raises(RecipeError, match=r"^data: expected either `messages`, or `prompt` and `completion`$"):
+        chat_recipe(tmp_path, tiny_data, "data.messages=chat", "data.prompt=a")
     with pytest.raises(
         DataError, match=r"data\.chat_template=.*none\.jinja: cannot be read: No such file or directory"
     ):

@@ -148,11 +148,11 @@ class FineTuningSection:
     validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = option(
         "share of the rows held out where there is no validation_source", 0.05
     )
-    messages: str = option(
-        "field that holds a conversation, a list of messages with role and content: where rows have it and the recipe "
-        "names neither prompt nor completion, the tokenizer's chat template writes them, and the loss is on the "
-        "assistant's answers and what ends them",
-        "messages",
+    messages: str | None = option(
+        "field that holds a conversation, a list of messages with role and content, which the tokenizer's chat "
+        "template writes: the loss is on the assistant's answers and what ends them; null is 'messages' if the first "
+        "row has it and neither prompt nor completion is given",
+        None,
     )
     prompt: str | None = option(
         "the prompt, a text in quotes with the fields of a row in braces, as in 'Question: {question}'; {{ and }} are "
@@ -180,6 +180,10 @@ class FineTuningSection:
     tokenizer: UserPath | None = option("tokenizer folder or hub name; null is that of model.pretrained", None)
     eval_rows: Count | None = option("validation rows, evenly spaced, of the evaluations on the way; null is all", None)
     final_eval_rows: Count | None = option("the same, of the evaluation at the end; null is all", None)
+
+    def __post_init__(self) -> None:
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
+            raise ValueError("expected either `messages`, or `prompt` and `completion`")
 
 
 @dataclass(config=STRICT)

@@ -184,7 +184,8 @@ class ChatTemplate:
         spans = self._closed(text, tagged) if self._tagged else [self._turn(given, text, n, place) for n in turns]
         if not any(end > begin for begin, end in spans):
             raise DataError(f"{place}: the chat template's generation blocks are empty, expected the answers in them")
-        unended = turns[-1] == len(messages) - 1 and not self._is_ended(text, spans[-1])
+        last = turns[-1] == len(messages) - 1 and not text[spans[-1][1] :].strip()
+        unended = last and not self._is_ended(text, spans[-1])
         if unended:
             spans[-1] = (spans[-1][0], len(text))
         self._check_words(text, place)
@@ -197,12 +198,10 @@ class ChatTemplate:
 
     def _find_frame(self) -> "_Frame":
         """What stands around an answer that ends a conversation."""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+        chat = [{"role": role, "content": text} for role, text in (("user", "?"), ("assistant", PROBE), ("user", "?"))]
+        asks = (1, True), (1, False), (2, False), (3, False)
         try:
-            asked, unasked, whole = (
-                self._render(messages, "", prompt)[0]
-                for messages, prompt in (([question], True), ([question], False), ([question, answer], False))
-            )
+            asked, unasked, whole, followed = (self._render(chat[:count], "", prompt)[0] for count, prompt in asks)
         except DataError:  # it may want another kind of conversation
             return _Frame()
         if PROBE not in whole:
@@ -211,10 +210,8 @@ class ChatTemplate:
         header = whole[len(asked) : begin].strip() if asked == unasked and whole.startswith(asked) else ""
         behind = self._token.search(whole, begin)
         tail = whole[begin + len(PROBE) : None if behind is None else behind.start()].strip()
-        if behind is None:
-            followed, _ = self._render([question, answer, question], "")
-            behind = self._token.search(followed, followed.rfind(PROBE))
-        return _Frame(header, tail, None if behind is None else behind[1])
+        ending = behind or self._token.search(followed, max(0, followed.rfind(PROBE)))
+        return _Frame(header, tail, None if ending is None else ending[1])
 
     def _marked(self, value: Any) -> Any:
         """A value with a mark before every special token's words in its text."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of the choice of held-out rows: the same for every training seed, so that runs can be compared.
 HOLD_OUT_SEED = 0
+# The field of conversations, where the recipe names none.
+MESSAGES = "messages"
 
 
 class _Examples(BlockMixture):
@@ -47,7 +49,7 @@ class _Examples(BlockMixture):
 def load_examples(recipe: Recipe, section: FineTuningSection, progress: bool) -> RunData:
     """Open them, as `loading.load_run_data` does."""
     tokenizer = _fine_tuning_tokenizer(recipe, section)
-    chats = section.prompt is None and section.completion is None and holds_field(section.source, section.messages)
+    chats = _conversations(section)
     train, validation = _read_splits(section, _reader(section, tokenizer, chats, progress), progress)
     rows = JoinedExamples(train, section.max_length) if section.packing == "packed" else train
     settings = recipe.training
@@ -57,7 +59,7 @@ def load_examples(recipe: Recipe, section: FineTuningSection, progress: bool) ->
             f"to train on{', packed' if rows is not train else ''}"
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    end = ChatTemplate(tokenizer).end if chats else tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if chats is None else ChatTemplate(tokenizer).end
     if end is None:
         text = "the chat template ends answers with no special token: only the last of a row has one behind it, eos"
         say(f"{section.source}: {text}", progress)
@@ -106,15 +108,22 @@ def _plain_tokenizer(recipe: Recipe, section: FineTuningSection) -> "PreTrainedT
     return tokenizer
 
 
+def _conversations(section: FineTuningSection) -> str | None:
+    """The field of conversations; None where the rows are prompts and completions."""
+    if section.messages is None and section.prompt is None and section.completion is None:
+        return MESSAGES if holds_field(section.source, MESSAGES) else None
+    return section.messages
+
+
 def _reader(
-    section: FineTuningSection, tokenizer: "PreTrainedTokenizerFast", chats: bool, progress: bool
+    section: FineTuningSection, tokenizer: "PreTrainedTokenizerFast", chats: str | None, progress: bool
 ) -> Callable[[str], Examples]:
     """What reads the examples of a source."""
 
     def read(source: str) -> Examples:
         limit, templates = section.max_length, _templates(section)
-        if chats:
-            found = read_conversations(source, section.messages, tokenizer, limit, progress)
+        if chats is not None:
+            found = read_conversations(source, chats, tokenizer, limit, progress)
         else:
             found = read_examples(source, *templates, tokenizer, limit, progress)
         if found.too_long:
