@@ -102,7 +102,8 @@ def test_evaluation_gives_our_loss_and_logits(tmp_path: Path) -> None:
 def test_smoothed_labels_train(tmp_path: Path, micro: int) -> None:
     settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
     found = losses(trained(tmp_path, label_smoothing_factor=0.1, max_steps=8, **settings))
-    assert found[-1] < found[0]
+    # Of the same rows, in another order.
+    assert sum(found[4:]) < sum(found[:4]) - 1
 
 
 def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_adapters_train_and_resume_alone(tmp_path: Path) -> None:
         return found
 
     whole = adapted(tmp_path / "whole", save_strategy="steps", save_steps=2)
-    assert losses(whole)[-1] < losses(whole)[0]
+    assert whole.evaluate()["eval_loss"] < mean_loss(tiny_model(budget=1.5).double(), rows()).item() - 0.1
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
