@@ -129,6 +129,14 @@ def test_dense_tokens_at_equal_flops() -> None:
     assert tokens_at_equal_flops(dense, dense, 32, 10_000) == 10_000
 
 
+def test_the_dense_twin_of_a_looped_model_applies_its_blocks_once() -> None:
+    looped = ThoughtbubblesConfig(**SHAPE, routing="none", num_loops=3)
+    once = ThoughtbubblesConfig(**SHAPE, routing="none")
+    assert dense_twin(looped).depth == 4
+    assert training_flops(dense_twin(looped), 17) == training_flops(once, 17) < training_flops(looped, 17)
+    assert looped.num_loops == 3
+
+
 def decoding_model(**overrides: Any) -> ThoughtbubblesForCausalLM:
     model = ThoughtbubblesForCausalLM(ThoughtbubblesConfig(**{**SHAPE, "attenuation": "released", **overrides}))
     randomise(model)

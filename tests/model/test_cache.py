@@ -133,6 +133,16 @@ def test_any_split_into_chunks(splits: list[int], budget: float) -> None:
     assert agree(in_chunks(model, ids, mask, splits), full, mask)
 
 
+@every_rule
+def test_passes_of_padding_alone(rules: dict[str, Any]) -> None:
+    model = make(**rules)
+    ids, mask = ids_and_mask(5)
+    mask[:, :3] = mask[:, 9:11] = 0
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits
+    assert agree(in_chunks(model, ids, mask, [2, 1, 6, 1, 1, 12]), full, mask)
+
+
 def test_bfloat16_keeps_the_bias_precise() -> None:
     model = make(torch.bfloat16)
     ids, _ = ids_and_mask(1)

@@ -256,5 +256,5 @@ def test_padding_columns_get_values_of_their_own_row(mask: list[list[int]]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_masks_of_any_type(dtype: torch.dtype) -> None:
-    columns = ColumnMap.from_mask(torch.tensor([[0, 1, 0, 1]]).to(dtype))
+    columns = ColumnMap.from_mask(torch.tensor([[0, 1, 0, 2]]).to(dtype))
     assert columns.column[0, :2].tolist() == [1, 3]
