@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from thoughtbubbles.model.budget import Budget
@@ -26,6 +27,8 @@ VOCAB = 19
 MARGIN = 1e-5  # two scores closer than this may lie on either side of a line of the routers' grid
 FLOAT32_FLOOR = 2**-22 / 1e-3  # an error of 1e-3 of such a gradient is two roundings of the largest gradient
 Case = dict[str, Any]
+of_whole_models = settings(max_examples=settings.default.max_examples * 2 // 5)
+"""Fewer examples of a property than others have: each is a model's work."""
 
 
 def tiny_config(**overrides: Any) -> ThoughtbubblesConfig:
@@ -238,19 +241,17 @@ def relative_errors(
     return errors
 
 
-def all_pairs(factors: Mapping[str, Sequence[Any]], times: int = 1) -> list[Case]:
-    """Cases in which any two values of any two factors meet at least `times` times; greedy, deterministic."""
+def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """Cases in which any two values of any two factors meet; greedy, deterministic."""
     chooser = random.Random(0)
-    missing = {pair: times for a, b in itertools.combinations(factors, 2) for pair in _pairs_between(factors, a, b)}
+    missing = {pair for a, b in itertools.combinations(factors, 2) for pair in _pairs_between(factors, a, b)}
     cases = []
     while missing:
-        chosen = dict(max(missing, key=lambda pair: (missing[pair], pair)))
+        chosen = dict(max(missing))
         for name in [n for n in factors if n not in chosen]:
-            gains = [sum(missing.get(p, 0) for p in _pairs(chosen, name, k)) for k in range(len(factors[name]))]
+            gains = [sum(p in missing for p in _pairs(chosen, name, k)) for k in range(len(factors[name]))]
             chosen[name] = chooser.choice([k for k, gain in enumerate(gains) if gain == max(gains)])
-        for pair in itertools.combinations(sorted(chosen.items()), 2):
-            missing[pair] = missing.get(pair, 0) - 1
-        missing = {pair: count for pair, count in missing.items() if count > 0}
+        missing -= set(itertools.combinations(sorted(chosen.items()), 2))
         cases.append({name: values[chosen[name]] for name, values in factors.items()})
     return cases
 

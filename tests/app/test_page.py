@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from thoughtbubbles.model.loading import load_model, load_tokenizer
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.training.run import train
 
-pytest.importorskip("gradio", reason="needs gradio: pip install 'thoughtbubbles[demo]'")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio: pip install 'thoughtbubbles[demo]'")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer, pipeline
 
-from tests.helpers import LEFT_TO_RIGHT, set_thresholds
+from tests.helpers import LEFT_TO_RIGHT, of_whole_models, set_thresholds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.model.cache import StreamCache
 from thoughtbubbles.model.memory import BLOCK, RowBuffer
@@ -122,6 +122,7 @@ def test_each_step_gives_the_logits_of_the_reference(attenuation: str) -> None:
     assert agree(in_chunks(model, ids, mask, [6, *[1] * (LENGTH - 6)]), reference.logits, mask)
 
 
+@of_whole_models
 @given(splits=st.lists(st.integers(1, 9), min_size=1, max_size=12), budget=st.sampled_from([1, 1.2, 1.5, 2, 3.25]))
 def test_any_split_into_chunks(splits: list[int], budget: float) -> None:
     model = make(budget=budget)

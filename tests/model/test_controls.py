@@ -15,6 +15,7 @@ from tests.helpers import (
     LEFT_TO_RIGHT,
     case_id,
     compare_with_reference,
+    of_whole_models,
     padding_mask,
     put_at,
     random_ids,
@@ -124,6 +125,7 @@ def logits_and_streams(model: ThoughtbubblesForCausalLM, ids: Tensor, **argument
 
 
 @every_rule
+@of_whole_models
 @given(length=st.integers(2, 17), data=st.data())
 def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
@@ -134,6 +136,7 @@ def test_changed_suffix_leaves_the_same_bits_before_it(rules: dict[str, Any], le
 
 
 @every_rule
+@of_whole_models
 @given(length=st.integers(2, 17), data=st.data())
 def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, data: st.DataObject) -> None:
     prefix = data.draw(st.integers(1, length - 1))
@@ -143,6 +146,7 @@ def test_prefix_alone_gives_the_same_logits(rules: dict[str, Any], length: int, 
 
 
 @every_rule
+@of_whole_models
 @given(length=st.integers(1, 17), seed=st.integers(0, 5))
 def test_roots_order_and_budget_of_every_prefix(rules: dict[str, Any], length: int, seed: int) -> None:
     mask = padding_mask("holes", 3, length)

@@ -101,7 +101,9 @@ def curve(folder: Path, routing: str, budget: str) -> list[dict[str, Any]]:
     return [{name: row[name] for name in names if name in row} for row in read_metrics(folder / "run/metrics.jsonl")]
 
 
-@pytest.mark.parametrize(("routing", "budget"), [("causal", "1.5"), ("topk", "2"), ("none", "1")])
+@pytest.mark.parametrize(
+    ("routing", "budget"), [("causal", "1.5"), ("topk", "2"), pytest.param("none", "1", marks=pytest.mark.long)]
+)
 def test_losses_are_where_they_were(tmp_path: Path, float64: None, routing: str, budget: str) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[routing]
     found = curve(tmp_path, routing, budget)

@@ -13,8 +13,7 @@ from typer.core import TyperCommand
 from thoughtbubbles.cli.data import make_task, prepare
 from thoughtbubbles.cli.evaluation import evaluate, exact_match, perplexity
 from thoughtbubbles.cli.generation import demo, generate, inspect
-from thoughtbubbles.cli.planning import plan
-from thoughtbubbles.cli.training import compare, train
+from thoughtbubbles.cli.training import compare, plan, train
 from thoughtbubbles.support import VERSION
 from thoughtbubbles.support.errors import InputError, RunError, ending
 from thoughtbubbles.support.files import user_path

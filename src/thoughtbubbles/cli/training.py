@@ -1,14 +1,17 @@
-"""Commands that train: `train` and `compare`."""
+"""Commands that train, `train` and `compare`, and what a training costs, `plan`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from thoughtbubbles.cli.shared import QuietOption
+from thoughtbubbles.cli.shared import BudgetOption, JsonOption, QuietOption, with_options
+from thoughtbubbles.recipes.options import PlanOptions
 from thoughtbubbles.support.errors import RunError
+from thoughtbubbles.support.files import json_text
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -148,3 +151,22 @@ def _scores(recipe: "Recipe") -> Sequence["TrainerCallback"]:
     from thoughtbubbles.evaluation.during_training import task_scores
 
     return task_scores(recipe)
+
+
+@with_options(PlanOptions, budget=BudgetOption)
+def plan(
+    config: Annotated[
+        str, Argument(help="A preset, such as nano, 150m or 1.9b, a recipe (.yaml), or the folder of a model or run.")
+    ],
+    given: dict[str, Any],
+    as_json: JsonOption = False,
+) -> None:
+    """Work out what a model will cost: parameters, operations, memory and time, beside the dense model's."""
+    from thoughtbubbles.planning.plan import make_plan
+    from thoughtbubbles.planning.table import show_plan
+
+    made = make_plan(config, **given)
+    if as_json:
+        typer.echo(json_text(asdict(made), indent=2))
+    else:
+        show_plan(made)

@@ -4,20 +4,20 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from thoughtbubbles.data.feed.rundata import RunData
-from thoughtbubbles.evaluation.perplexity import token_losses
 from thoughtbubbles.model.budget import Budget, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
-from thoughtbubbles.model.loading import load_model
-from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.recipes.comparison import EvaluationSection
 from thoughtbubbles.support.files import read_as, write_text
 from thoughtbubbles.support.sampling import spread
+
+if TYPE_CHECKING:
+    from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 MEASUREMENTS_NAME = "measurements.json"
 
@@ -80,6 +80,9 @@ def measure_run(
         folder: of the run.
         on_progress: called with the number of tokens predicted since the last call.
     """
+    from thoughtbubbles.evaluation.perplexity import token_losses
+    from thoughtbubbles.model.loading import load_model
+
     model = load_model(folder)
     own = str(model.config.exact_budget())
     blocks = validation_blocks(data, evaluation.blocks)
@@ -107,12 +110,14 @@ def validation_blocks(data: RunData, count: int) -> Tensor:
 
 
 def _prefix_differences(
-    model: ThoughtbubblesForCausalLM,
+    model: "ThoughtbubblesForCausalLM",
     data: RunData,
     evaluation: EvaluationSection,
     on_progress: Callable[[int], None] | None,
 ) -> Tensor:
     """[n], see `Measurements.prefix`."""
+    from thoughtbubbles.evaluation.perplexity import token_losses
+
     blocks = validation_blocks(data, evaluation.prefix_blocks)
     positions = _positions(data.longest, evaluation.prefix_positions)
     blockwise, prefix = (

@@ -25,7 +25,6 @@ from thoughtbubbles.support.metrics import last_metrics
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
 from thoughtbubbles.support.signals import stop_on_signals
 from thoughtbubbles.training.folder import METRICS_NAME, SUMMARY_NAME, read_facts
-from thoughtbubbles.training.run import train
 from thoughtbubbles.training.trainer import DIVERGED_NAME
 
 POLL_SECONDS = 0.5
@@ -140,6 +139,8 @@ def _ask_to_stop(working: Iterable[SpawnProcess]) -> None:
 
 def _work(run: Run, evaluation: EvaluationSection | None) -> None:
     """What a process of the pool does."""
+    from thoughtbubbles.training.run import train
+
     with _log(run, "log").open("a", encoding="utf-8", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
