@@ -17,7 +17,7 @@ from thoughtbubbles.data.feed.blocks import collate_blocks
 from thoughtbubbles.data.feed.rundata import RunData, Validation
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
+from thoughtbubbles.training.run import build_config, build_loop, build_model
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 VOCABULARY, BLOCK, BATCH, STEPS = 64, 24, 4, 100
@@ -93,10 +93,8 @@ def curve(folder: Path, routing: str, budget: str) -> list[dict[str, Any]]:
         identity="golden",
     )
     set_seed(0)
-    arguments = build_arguments(recipe, folder / "run")
-    arguments.save_strategy = "no"
-    trainer = build_trainer(recipe, build_model(recipe, build_config(recipe, data)), data, arguments)
-    trainer.train()
+    (folder / "run").mkdir()
+    build_loop(recipe, build_model(recipe, build_config(recipe, data)), data).train()
     names = ("step", "loss", "grad_norm", "gate_grad_norm", "eval_loss", "eval_loss/budget_1")
     return [{name: row[name] for name in names if name in row} for row in read_metrics(folder / "run/metrics.jsonl")]
 

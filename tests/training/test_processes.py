@@ -21,21 +21,13 @@ from thoughtbubbles.model.accounting import SHARDINGS
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import PREFIX
 from thoughtbubbles.training.run import RunSummary, train
-from thoughtbubbles.training.states import is_sharded
 
 # Quicker than a compiler of code.
 GRAPHS_ALONE = """
 from functools import partial
 from thoughtbubbles import cli
-from thoughtbubbles.training import trainer
-trainer.compile_model = partial(trainer.compile_model, backend="aot_eager")
-cli.main()
-"""
-# As if torch had not divided the model.
-UNDIVIDED = """
-from thoughtbubbles import cli
-from thoughtbubbles.training import trainer
-trainer.divide = lambda *_: None
+from thoughtbubbles.training import loop
+loop.compile_model = partial(loop.compile_model, backend="aot_eager")
 cli.main()
 """
 NUMBERS = ("step", "tokens", "flops", "loss", "eval_loss", "learning_rate", "gate_grad_norm")
@@ -90,6 +82,11 @@ def take_back_the_end(run: Path) -> None:
         (run / leaving).unlink()
 
 
+def is_divided(checkpoint: Path) -> bool:
+    """Whether its weights are in the parts that processes hold."""
+    return not (checkpoint / "model.safetensors").exists() and len(list((checkpoint / "state").iterdir())) > 2
+
+
 @pytest.mark.long
 def test_two_processes_train_the_run_of_one_and_either_goes_on_with_the_other(
     tmp_path: Path, tiny_run: Path, tiny_data: PreparedData
@@ -113,11 +110,11 @@ def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
     assert_same_curve(tmp_path / "run", tiny_run)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", tiny_run)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-    assert is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}8")
+    assert is_divided(tmp_path / "run" / "checkpoints" / f"{PREFIX}8")
     take_back_the_end(tmp_path / "run")
     run(tmp_path, tiny_data.path, 1, "training.sharding=fsdp")
     assert_same_curve(tmp_path / "run", tiny_run)
-    assert not is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
+    assert not is_divided(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
 
 
 @pytest.mark.long
@@ -147,7 +144,7 @@ def test_a_run_of_one_process_goes_on_divided_over_two(tmp_path: Path, tiny_run:
     take_back_the_end(tmp_path / "run")
     run(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
     assert_same_curve(tmp_path / "run", tiny_run)
-    assert is_sharded(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
+    assert is_divided(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
 
 
 @pytest.mark.long
@@ -201,16 +198,6 @@ def test_killing_one_of_two_processes_ends_the_run_which_then_goes_on(tmp_path: 
     run(tmp_path / "killed", tiny_data.path, 2, *longer)
     assert numbers(killed) == numbers(tmp_path / "whole" / "run")
     assert RunSummary.read(killed).eval_loss == RunSummary.read(tmp_path / "whole" / "run").eval_loss
-
-
-@pytest.mark.long
-def test_a_run_that_is_not_divided_as_the_recipe_says_does_not_start(tmp_path: Path, tiny_data: PreparedData) -> None:
-    arguments = command(tmp_path, tiny_data.path, 2, "training.sharding=fsdp")
-    running = start(*with_script(tmp_path, UNDIVIDED, arguments))
-    _, error = running.communicate(timeout=300)
-    assert running.returncode != 0
-    assert "training.sharding=fsdp on 2 process(es): expected every weight divided by FSDP2, found a model" in error
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
@@ -28,13 +28,14 @@ from thoughtbubbles.recipes.training import DataSection, Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.support.files import sole_user
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training import run as run_module
+from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import Checkpoint, sealed
+from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.meter import budget_of_step
-from thoughtbubbles.training.run import RunSummary, build_arguments, build_config, build_model, build_trainer, train
-from thoughtbubbles.training.trainer import BubbleTrainer
+from thoughtbubbles.training.optimizer import rate_of_step
+from thoughtbubbles.training.run import RunSummary, build_config, build_loop, build_model, train
 
-MEASURED = ("tokens_per_second", "peak_memory")
+MEASURED = ("tokens_per_second", "mfu", "peak_memory")
 
 
 def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
@@ -154,61 +155,52 @@ def test_a_control_trains_and_loads(tmp_path: Path, tiny_data: PreparedData, rou
     assert load_model(tmp_path / "run", "cpu").config.routing == routing
 
 
-def trainer_of(recipe: Recipe) -> BubbleTrainer:
-    """The trainer of a recipe, before its run."""
+def loop_of(recipe: Recipe) -> Loop:
+    """The loop of a recipe, before its run."""
     data = load_run_data(recipe)
     model = build_model(recipe, build_config(recipe, data))
-    return build_trainer(recipe, model, data, build_arguments(recipe, Path(recipe.training.output)))
+    return build_loop(recipe, model, data)
 
 
-class Kill(TrainerCallback):
+class Kill(Callback):
     """Ends the process's training at a step, like a crash."""
 
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.at:
+    def on_step_end(self, loop: Loop) -> None:
+        if loop.step == self.at:
             raise KeyboardInterrupt
 
 
-class _Raise(TrainerCallback):
+class _Raise(Callback):
     """Sends this process a signal at a step."""
 
     def __init__(self, name: str, at: int) -> None:
         self.name, self.at = name, at
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step + 1 == self.at:
+    def on_step_begin(self, loop: Loop) -> None:
+        if loop.step + 1 == self.at:
             signal.raise_signal(getattr(signal, self.name))
 
 
-class _RaiseInEvaluation(TrainerCallback):
+class _RaiseInEvaluation(Callback):
     """Sends SIGTERM in the middle of an evaluation, the first being number 1."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.steps: list[int] = []
 
-    def on_prediction_step(self, args, state, control, **kwargs) -> None:
-        self.steps.append(state.global_step)
+    def on_eval_batch(self, loop: Loop) -> None:
+        self.steps.append(loop.step)
         evaluations = len(set(self.steps)) + (self.number == 4 and self.steps.count(12) > 10)
         if evaluations == self.number:
             signal.raise_signal(signal.SIGTERM)
 
 
-def train_with(recipe: Recipe, callback: TrainerCallback) -> None:
+def train_with(recipe: Recipe, callback: Callback) -> None:
     """Train with one more callback."""
-    build = run_module.build_trainer
-
-    def build_with(*args, **kwargs):
-        trainer = build(*args, **kwargs)
-        trainer.add_callback(callback)
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "build_trainer", build_with)
-        train(recipe, progress=False)
+    train(recipe, progress=False, callbacks=[callback])
 
 
 def test_resuming_goes_on_as_if_never_interrupted(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
@@ -340,9 +332,9 @@ def test_accumulated_batches_give_the_same_run(tmp_path: Path, tiny_data: Prepar
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
     recomputed: list[int] = []
 
-    class Count(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs) -> None:
-            kwargs["model"].model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+    class Count(Callback):
+        def on_begin(self, loop: Loop) -> None:
+            loop.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
 
     train_with(tiny_recipe(tmp_path, tiny_data.path, "training.gradient_checkpointing=true"), Count())
     assert comparable(tmp_path / "run") == comparable(tiny_run)
@@ -505,13 +497,8 @@ def test_a_pretrained_model_of_another_tokenizer_is_refused(
 def test_samples_left_are_found_without_reading_those_before(tmp_path: Path, tiny_data: PreparedData) -> None:
     recipe = tiny_recipe(tmp_path, tiny_data.path, "training.steps=200000")
     data = load_run_data(recipe)
-    trainer = build_trainer(
-        recipe,
-        build_model(recipe, build_config(recipe, data)),
-        data,
-        build_arguments(recipe, tmp_path / "run"),
-        Checkpoint(tmp_path, step=100_000, eval_loss=None),
-    )
+    model = build_model(recipe, build_config(recipe, data))
+    loop = build_loop(recipe, model, data, Checkpoint(tmp_path, step=100_000, eval_loss=None))
     reads: list[int] = []
 
     def note_read(_samples: object, index: int) -> BlockPlace:
@@ -520,7 +507,7 @@ def test_samples_left_are_found_without_reading_those_before(tmp_path: Path, tin
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(data.samples), "place", note_read)
-        batch = next(iter(trainer.get_train_dataloader()))
+        batch = next(loop.batches())
     assert batch["input_ids"].shape == (4, BLOCK)
     assert min(reads) == 400_000
     assert len(reads) <= 8
@@ -528,8 +515,7 @@ def test_samples_left_are_found_without_reading_those_before(tmp_path: Path, tin
 
 def test_weight_decay_is_on_matrices_alone(tmp_path: Path, tiny_data: PreparedData) -> None:
     recipe = tiny_recipe(tmp_path, tiny_data.path)
-    trainer = trainer_of(recipe)
-    decayed, undecayed = trainer.create_optimizer().param_groups
+    decayed, undecayed = loop_of(recipe).optimizer.param_groups
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
     assert {p.dim() for p in decayed["params"]} == {2}
     assert {p.dim() for p in undecayed["params"]} == {1}
@@ -539,27 +525,19 @@ def test_weight_decay_is_on_matrices_alone(tmp_path: Path, tiny_data: PreparedDa
 def test_learning_rate_warms_up_stays_and_decays(tmp_path: Path, tiny_data: PreparedData) -> None:
     overrides = ("training.steps=20", "training.warmup_fraction=0.25", "training.decay_fraction=0.5")
     recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides)
-    trainer = trainer_of(recipe)
-    trainer.create_optimizer_and_scheduler(20)
-    rates = []
-    for _ in range(20):
-        rates.append(trainer.optimizer.param_groups[0]["lr"] / 1e-2)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
+    rates = [rate_of_step(recipe.training, step) for step in range(1, 21)]
     expected = [i / 5 for i in range(5)] + [1.0] * 6 + [1 - i / 10 for i in range(1, 10)]
     assert rates == pytest.approx(expected)
 
 
 def test_train_loss_is_the_mean_over_predicted_tokens(tmp_path: Path, tiny_data: PreparedData) -> None:
-    recipe = tiny_recipe(tmp_path, tiny_data.path)
-    trainer = trainer_of(recipe)
-    batch = collate_blocks([tiny_data.train[i] for i in range(4)])
-    samples, items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
-    assert int(items) == 4 * (BLOCK - 1)
-    model = trainer.model
-    assert model is not None
-    loss = trainer.compute_loss(model, samples[0], num_items_in_batch=items)
-    assert loss.item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+    recipe = tiny_recipe(tmp_path, tiny_data.path, "training.log_every=1", "training.steps=1")
+    batch = collate_blocks([load_run_data(recipe).samples[i] for i in range(4)])
+    set_seed(0)
+    expected = loop_of(recipe).model(**batch).loss.item()
+    assert int((batch["labels"] != -100).sum()) == 4 * (BLOCK - 1)
+    train(recipe, progress=False)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [-1, 300])

@@ -25,7 +25,7 @@ from thoughtbubbles.training import checkpoints, memory
 from thoughtbubbles.training import run as run_module
 from thoughtbubbles.training.checkpoints import sealed
 from thoughtbubbles.training.folder import read_facts
-from thoughtbubbles.training.run import build_arguments, build_config, build_model, train
+from thoughtbubbles.training.run import build_config, build_model, decide_precision, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HIDDEN = ("model.hidden_size=100000000", "model.num_attention_heads=50000000")
@@ -254,7 +254,7 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_follows_them(
         seal(folder, step, eval_loss)
 
     monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr("thoughtbubbles.training.trainer.seal", note_seal)
+    monkeypatch.setattr("thoughtbubbles.training.loop.seal", note_seal)
     train(tiny_recipe(tmp_path, tiny_data.path), progress=False)
     assert [step for step, _, _ in at_seals] == [4, 8, 12]
     assert all(on_disk == written > 0 for _, on_disk, written in at_seals)
@@ -332,8 +332,8 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["precision"] == decided
     assert "precision: auto" in (tmp_path / "run" / "recipe.yaml").read_text()
     machine_with(monkeypatch, then)
-    assert build_arguments(recipe, tmp_path / "run").bf16 == first
-    assert build_arguments(recipe, tmp_path / "elsewhere").bf16 == then
+    assert decide_precision(recipe, tmp_path / "run") == decided
+    assert decide_precision(recipe, tmp_path / "elsewhere") == ("bfloat16" if then else "float32")
     train(recipe, progress=False)
     said = capsys.readouterr().err
     assert (f"many times slower than float32 on this cpu: {tmp_path / 'run'} began in it" in said) == first

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from tests.run_fixtures import BLOCK, RECIPE, sentences
 from tests.training.test_processes import numbers, torchrun
@@ -21,7 +20,9 @@ from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError, StreamSection, load_recipe
 from thoughtbubbles.support.errors import InputError, RunError
 from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import damage, sealed
+from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.run import RunSummary, train
 
 # Windows of 2 blocks for each of 4 lanes: a run goes through several.
@@ -164,14 +165,14 @@ def test_two_processes_train_the_run_of_one_and_either_goes_on_with_the_other(
     assert records == [whole] * 3
 
 
-class _Remove(TrainerCallback):
+class _Remove(Callback):
     """Takes files away at a step."""
 
     def __init__(self, folder: Path, at: int) -> None:
         self.folder, self.at = folder, at
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.at:
+    def on_step_end(self, loop: Loop) -> None:
+        if loop.step == self.at:
             self.folder.rename(self.folder.with_name("away"))
 
 

@@ -14,9 +14,8 @@ from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.support.files import json_text
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from thoughtbubbles.recipes.training import Recipe
+    from thoughtbubbles.training.callbacks import Callback
 
 VerifyOption = Annotated[
     bool,
@@ -144,7 +143,7 @@ def _reasons(failed: Mapping[str, str]) -> str:
     return "; ".join(f"{label}: {reason}" for label, reason in failed.items())
 
 
-def _scores(recipe: "Recipe") -> Sequence["TrainerCallback"]:
+def _scores(recipe: "Recipe") -> Sequence["Callback"]:
     """What scores benchmarks on the way, for a recipe that wants any."""
     if recipe.training.eval_tasks is None:
         return []

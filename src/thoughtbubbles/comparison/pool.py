@@ -24,8 +24,7 @@ from thoughtbubbles.support.machine import keep_freed_memory
 from thoughtbubbles.support.metrics import last_metrics
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
 from thoughtbubbles.support.signals import stop_on_signals
-from thoughtbubbles.training.folder import METRICS_NAME, SUMMARY_NAME, read_facts
-from thoughtbubbles.training.trainer import DIVERGED_NAME
+from thoughtbubbles.training.folder import DIVERGED_NAME, METRICS_NAME, SUMMARY_NAME, read_facts
 
 POLL_SECONDS = 0.5
 # How long the process of a comparison that was killed may take to save its run.

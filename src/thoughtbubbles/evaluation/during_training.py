@@ -3,16 +3,18 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark, check_files, load_benchmark, parse_tasks
 from thoughtbubbles.evaluation.harness import adapter, require_harness
 from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
 from thoughtbubbles.recipes.training import Recipe
-from thoughtbubbles.training.callbacks import MetricsWriter
+from thoughtbubbles.training.callbacks import MetricsWriter, Row
+
+if TYPE_CHECKING:
+    from thoughtbubbles.training.loop import Loop
 
 TASKS_NAME = "tasks.jsonl"
 
@@ -43,42 +45,38 @@ class TaskScores(MetricsWriter):
         self.taught = taught
         self._loaded: list[LoadedBenchmark] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_begin(self, loop: "Loop") -> None:
         """Drop rows as `MetricsWriter` does, and open the benchmarks."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if not state.is_world_process_zero:
+        if not loop.state.is_main_process:
             return
+        super().on_begin(loop)
         shots = 0 if self.taught else None
         with quiet_harness(progress=False):
             self._loaded = [load_benchmark(each, self.data_dir, shots) for each in self.benchmarks]
 
-    def on_log(self, *_: Any, **__: Any) -> None:
+    def on_row(self, loop: "Loop", row: Row) -> None:
         """What the run logs is in metrics.jsonl."""
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, loop: "Loop") -> None:
         """Score the model as it is, and write a row."""
-        if not state.is_world_process_zero:
+        if not loop.state.is_main_process:
             return
-        model = kwargs["model"]
-        was_training = model.training
-        row: dict[str, float | None] = {"step": state.global_step}
+        row: dict[str, float | None] = {"step": loop.step}
+        loop.model.eval()
         # Of a compiled model too: rows of all lengths and caches would each want a graph.
         with quiet_harness(progress=False), torch.compiler.set_stance("force_eager"):
             lm = adapter()(
-                model,
-                tokenizer=kwargs["processing_class"],
-                batch_size=args.per_device_eval_batch_size,
-                mixed_precision_dtype="bfloat16" if args.bf16 else None,
+                loop.model,
+                tokenizer=loop.data.tokenizer,
+                batch_size=loop.micro_batch_size,
+                mixed_precision_dtype="bfloat16" if loop.precision == "bfloat16" else None,
             )
             for benchmark in self._loaded:
-                record = run_task(lm, benchmark, model.config.exact_budget(), self.limit)
+                record = run_task(lm, benchmark, loop.model.config.exact_budget(), self.limit)
                 for metric in record.metrics:
                     name, scores = f"{record.task}/{metric.protocol}/{metric.metric}", record.scores(metric)
                     error = scores.standard_error
                     row |= {name: scores.estimate, f"{name}_stderr": None if math.isnan(error) else error}
-        model.train(was_training)
         self.append(row)
 
 

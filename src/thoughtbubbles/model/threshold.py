@@ -103,14 +103,17 @@ class ScoreHistogram(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step of the running mean, over what all processes observed since the last."""
+        """One step of the running mean, over what all processes observed since the last, if they did at all.
+
+        Nothing is read back from the device.
+        """
         counts = self.observed.to(self.reached.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
-        if counts.any():
-            self.updates += 1
-            reached = (counts.cumsum(0) / counts.sum()).to(self.reached.dtype)
-            self.reached.lerp_(reached, 1 / min(int(self.updates), HORIZON))
+        observed = counts.any()
+        self.updates += observed
+        reached = (counts.cumsum(0) / counts.sum().clamp(min=1)).to(self.reached.dtype)
+        self.reached.lerp_(reached, observed / self.updates.clamp(1, HORIZON).to(reached.dtype))
         self.observed = torch.zeros_like(counts)
 
     def threshold(self, budget: Fraction, fork: int) -> Tensor:

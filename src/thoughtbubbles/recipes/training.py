@@ -89,7 +89,42 @@ AnyBudget = Annotated[Budget, PlainValidator(_check_budget)]
 Budgets = Annotated[list[AnyBudget], Field(min_length=1)]
 Weights = Annotated[dict[Annotated[str, BeforeValidator(str)], Number], AfterValidator(_check_weights)]
 Folders = Annotated[Weights, AfterValidator(_check_folders)]
-Reporter = Annotated[Literal["tensorboard", "wandb"], AfterValidator(_check_installed)]
+Reporter = Annotated[Literal["tensorboard", "wandb", "trackio"], AfterValidator(_check_installed)]
+Patterns = Annotated[list[str], Field(min_length=1)]
+LINEAR = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
+FALLS = {"start": "rise", "end": "fall"}
+DECAY_FRACTION = 0.2
+"""Of schedules that have a decay of their own length, where the recipe names none."""
+
+
+@dataclass(config=STRICT)
+class LoraSection:
+    """Adapters of low rank, of the library peft: they and the gates are trained, all else stays."""
+
+    rank: Count = option("of the update of a matrix, which is scaled by 2")
+    targets: Patterns = option("names of the linear layers that get one", LINEAR)
+
+
+@dataclass(config=STRICT)
+class GroupSection:
+    """What differs for some parameters."""
+
+    learning_rate: Positive | None = option("their peak rate", None)
+    weight_decay: Annotated[Number, Field(ge=0)] | None = option("theirs, vectors included", None)
+
+
+def _read_lora(value: Any) -> LoraSection | None:
+    if value is None or isinstance(value, LoraSection):
+        return value
+    return parse_section(LoraSection, "", value, RecipeError)
+
+
+def _read_groups(values: Any) -> dict[str, GroupSection]:
+    check_mapping("", values, RecipeError)
+    return {
+        str(pattern): each if isinstance(each, GroupSection) else parse_section(GroupSection, "", each, RecipeError)
+        for pattern, each in values.items()
+    }
 
 
 @dataclass(config=STRICT)
@@ -207,11 +242,37 @@ class TrainingSection:
     )
     learning_rate: Positive = option("peak learning rate of AdamW", 1e-3)
     weight_decay: Annotated[Number, Field(ge=0)] = option("weight decay, on matrices only", 0.1)
-    warmup_fraction: Share = option("share of the steps in which the learning rate rises linearly from 0", 0.05)
-    decay_fraction: Share = option("share of the steps, at the end, in which it falls linearly to 0", 0.2)
+    schedule: Literal["wsd", "wsd-sqrt", "cosine", "constant"] = option(
+        "how the learning rate goes on after its warm-up: wsd stays at the peak and then falls linearly, wsd-sqrt as "
+        "1 - sqrt; cosine falls as half a cosine to the end; constant stays",
+        "wsd",
+    )
+    warmup_fraction: Share = option("share of the steps in which the learning rate rises linearly", 0.05)
+    decay_fraction: Share | None = option(
+        f"share of the steps, at the end, in which wsd and wsd-sqrt let it fall; null is {DECAY_FRACTION} there", None
+    )
+    start_fraction: Share = option("where it rises from, as a share of the peak", 0.0)
+    end_fraction: Share = option("where it falls to, as a share of the peak", 0.0)
+    groups: Annotated[dict[str, GroupSection], PlainValidator(_read_groups)] = option(
+        "rates and decay of parameters by patterns of their names, the first that fits, as in "
+        "{'*embed_tokens*': {weight_decay: 0}, '*gates*': {learning_rate: 3e-3}}",
+        {},
+    )
+    freeze: list[str] = option("patterns of names of parameters that stay as they are, as in ['*layers.0.*']", [])
+    lora: Annotated[LoraSection | None, PlainValidator(_read_lora)] = option(
+        "train adapters of rank `rank` beside the linear layers `targets`, and the gates, as in {rank: 16}; all else "
+        f"stays; without targets {', '.join(LINEAR)}; needs model.pretrained and thoughtbubbles[peft]",
+        None,
+    )
+    moments_from: UserPath | None = option(
+        "folder of another run, whose newest checkpoint gives AdamW's moments to begin with", None
+    )
     max_grad_norm: Positive = option("gradients are clipped to this norm", 1.0)
     training_budgets: Budgets | None = option(
         "budgets of which each step draws one, so that one model serves them all; null is the model's own", None
+    )
+    budget_ramp: Share = option(
+        "share of the steps in which the budget rises from 1 to the model's own, in eight rungs", 0.0
     )
     eval_budgets: Budgets | None = option("budgets to evaluate at beside the model's own, as in [1, 1.5, 4]", None)
     eval_tasks: list[str] | None = option(
@@ -234,15 +295,38 @@ class TrainingSection:
     eval_every: Count = option("steps between evaluations", 100)
     save_every: Count = option("steps between checkpoints", 200)
     keep_checkpoints: Count = option("newest checkpoints to keep; the one of lowest validation loss is kept too", 2)
-    report_to: list[Reporter] = option("also report to tensorboard, wandb or both, as in [tensorboard]", [])
+    peak_flops: Positive | None = option(
+        "operations per second of which `mfu` in the metrics is the share that a device does; null measures its "
+        "fastest matrix product when the run starts",
+        None,
+    )
+    report_to: list[Reporter] = option("also report to some of tensorboard, wandb and trackio, as in [trackio]", [])
     seed: Seed = option("seed of the initial weights and of the order of the blocks", 0)
 
     def __post_init__(self) -> None:
-        if self.warmup_fraction + self.decay_fraction > 1:
+        if self.decay_fraction is not None and not self.schedule.startswith("wsd"):
             raise ValueError(
-                f"warmup_fraction={self.warmup_fraction}, decay_fraction={self.decay_fraction}: expected shares of the "
+                f"decay_fraction={self.decay_fraction}: expected null with schedule={self.schedule}, which has none"
+            )
+        if self.warmup_fraction + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction}, decay_fraction={self.decay_share}: expected shares of the "
                 "steps, together at most 1"
             )
+        for name, without in (("start", self.warmup_fraction == 0), ("end", self.decay_share == 0)):
+            if without and (value := getattr(self, f"{name}_fraction")):
+                raise ValueError(f"{name}_fraction={value}: expected 0 where the rate does not {FALLS[name]}")
+        if self.budget_ramp and self.training_budgets is not None:
+            raise ValueError(f"budget_ramp={self.budget_ramp}: expected 0 with training_budgets, which are drawn")
+
+    @property
+    def decay_share(self) -> float:
+        """Share of the steps in which the rate falls."""
+        if self.schedule == "constant":
+            return 0.0
+        if self.schedule == "cosine":
+            return 1.0 - self.warmup_fraction
+        return DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
 
 
 @dataclass(config=STRICT)
@@ -440,9 +524,20 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     )
     if (compile_ := recipe.training.compile) != "none" and task == "sft":
         raise RecipeError(f"training.compile={compile_}: expected task=pretrain, whose rows are all of one length")
+    if recipe.training.lora is not None:
+        if recipe.model.get("pretrained") is None:
+            raise RecipeError("training.lora: expected model.pretrained, a model for its adapters")
+        _check_peft()
     if isinstance(recipe.data, StreamSection):
         stream_lanes(recipe.data, recipe.training.batch_size)
     return recipe
+
+
+def _check_peft() -> None:
+    try:
+        _check_installed("peft")
+    except ValueError as error:
+        raise RecipeError(f"training.lora: {error}") from None
 
 
 def stream_lanes(data: StreamSection, batch_size: int) -> int:

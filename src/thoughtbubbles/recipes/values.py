@@ -177,7 +177,7 @@ def _type_name(hint: Any) -> str:
         return f"{_type_name(inside[0])} or null"
     if kind is typing.Literal:
         return ", ".join(inside)
-    return {list: "a list", dict: "a mapping"}.get(kind) or WORDS[hint]
+    return {list: "a list", dict: "a mapping"}.get(kind) or WORDS.get(hint, "a mapping")
 
 
 def _default(spec: "dataclasses.Field[Any]") -> str:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import shutil
+from pathlib import Path
 
 # A path that was given is to blame; for all else (a full disk, a broken one, the network) no input is.
 PATH_ERRORS = frozenset(
@@ -149,3 +151,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error says, or hides, that no space is left: some libraries raise a bare RuntimeError for it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or (folder.exists() and shutil.disk_usage(folder).free < 1 << 16)

@@ -108,3 +108,26 @@ def _processor_has_bfloat16() -> bool:
     if most.upper() in WITHOUT_BFLOAT16 or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+# Of a container, in versions 2 and 1 of control groups.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of memory of this machine, or that its container may use; infinite where neither is known."""
+    found = [float("inf")]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in map(Path, LIMITS):
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if text.isdigit():
+            found.append(int(text))
+    return min(found)

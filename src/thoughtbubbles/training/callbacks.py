@@ -1,12 +1,12 @@
-"""What happens beside the steps of a run: metrics.jsonl, the progress display, thresholds."""
+"""What happens beside the steps of a run: callbacks, metrics.jsonl, the progress display, trackers, thresholds."""
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,10 +16,22 @@ from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.metrics import read_metric_rows
 from thoughtbubbles.support.progress import is_terminal, make_bars, say
 
-__all__ = ["ThresholdCallback"]
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
+    from thoughtbubbles.training.loop import Loop
+
+__all__ = ["Callback", "ThresholdCallback"]
+
+Row = Mapping[str, Any]
 SECONDS_BETWEEN_LINES = 10.0
 MOST_SHOWN = 10
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "validation {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+}
 
 
 class ThresholdCallback(TrainerCallback):
@@ -32,46 +44,59 @@ class ThresholdCallback(TrainerCallback):
         update_thresholds(kwargs["model"])
 
 
-class MetricsWriter(TrainerCallback):
+class Callback:
+    """Does something beside the steps of a run. The loop calls it on every process; `loop.step` counts steps taken."""
+
+    def on_begin(self, loop: "Loop") -> None:
+        """Before the first step, with the checkpoint loaded."""
+
+    def on_step_begin(self, loop: "Loop") -> None:
+        """Before a step."""
+
+    def on_step_end(self, loop: "Loop") -> None:
+        """After a step, before anything of it is written."""
+
+    def on_eval_batch(self, loop: "Loop") -> None:
+        """After a batch of an evaluation."""
+
+    def on_evaluate(self, loop: "Loop") -> None:
+        """After an evaluation."""
+
+    def on_row(self, loop: "Loop", row: Row) -> None:
+        """When a row of metrics.jsonl is made."""
+
+    def on_end(self, loop: "Loop") -> None:
+        """When the loop ends, however it ends."""
+
+
+class MetricsWriter(Callback):
     """Appends one JSON object a line, each on the disk before anything later is: training rows and evaluation rows.
 
     Every row has `step`, `tokens` (seen so far) and `flops` (spent on training so far). A training row adds `loss`
     (nats per token, mean since the last row) and `perplexity`, `learning_rate`, `grad_norm` (before clipping),
-    `tokens_per_second` (evaluations and checkpoints left out), `peak_memory` (bytes) and, of the last step,
-    `gate_grad_norm` and the figures of `ForkStatistics`; an evaluation row what `BubbleTrainer.measure` gives.
+    `tokens_per_second` (evaluations and checkpoints left out) and `mfu`, `peak_memory` (bytes) and, of the last step,
+    `gate_grad_norm` and the figures of `ForkStatistics`; an evaluation row what `Loop.measure` gives.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_begin(self, loop: "Loop") -> None:
         """Drop the rows of steps that an interrupted run took after its last checkpoint, and what is no row."""
-        if not (state.is_world_process_zero and self.path.exists()):
+        if not self.path.exists():
             return
         rows, dropped = read_metric_rows(self.path)
-        kept = [row for row in rows if row["step"] <= state.global_step]
+        kept = [row for row in rows if row["step"] <= loop.step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         if dropped:
             lines = ", ".join(map(str, dropped[:MOST_SHOWN])) + ", ..." * (len(dropped) > MOST_SHOWN)
             say(f"{self.path}: dropped line {lines}: expected rows of numbers, of each step one", enabled=True)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a row."""
-        if state.is_world_process_zero:
-            row = {"step": state.global_step, **(logs or {})}
-            row.pop("epoch", None)
-            self.append(row)
+    def on_row(self, loop: "Loop", row: Row) -> None:
+        """Write it."""
+        self.append(row)
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Write a row; when this returns it is on the disk, so that no checkpoint is there without the rows before."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -79,7 +104,7 @@ class MetricsWriter(TrainerCallback):
             os.fsync(file.fileno())
 
 
-class ProgressDisplay(TrainerCallback):
+class ProgressDisplay(Callback):
     """A bar on a terminal; elsewhere now and then a line, so that a log file stays readable."""
 
     def __init__(self, description: str) -> None:
@@ -90,54 +115,91 @@ class ProgressDisplay(TrainerCallback):
         self._first = (0, 0.0)
         self._printed = float("-inf")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_begin(self, loop: "Loop") -> None:
         """Open the bar."""
-        self._first = (state.global_step, time.monotonic())
-        if not (state.is_world_process_zero and is_terminal()):
-            return
-        self._bar = make_bars(enabled=True, time_left=True)
-        self._task = self._bar.add_task(self.description, total=state.max_steps, completed=state.global_step, note="")
-        self._bar.start()
+        self._first = (loop.step, time.monotonic())
+        if is_terminal():
+            self._bar = make_bars(enabled=True, time_left=True)
+            self._task = self._bar.add_task(self.description, total=loop.steps, completed=loop.step, note="")
+            self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, loop: "Loop") -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, note="  ".join(self._notes.values()))
+            self._bar.update(self._task, completed=loop.step, note="  ".join(self._notes.values()))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_row(self, loop: "Loop", row: Row) -> None:
         """Note the losses, and print them where there is no bar."""
-        shown = {"loss": "loss {:.3f}", "eval_loss": "validation {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
-        self._notes |= {name: text.format(logs[name]) for name, text in shown.items() if logs and name in logs}
-        due = time.monotonic() - self._printed > SECONDS_BETWEEN_LINES or "eval_loss" in (logs or {})
-        if self._bar is None and state.is_world_process_zero and due:
+        self._notes |= {name: text.format(row[name]) for name, text in SHOWN.items() if name in row}
+        due = time.monotonic() - self._printed > SECONDS_BETWEEN_LINES or "eval_loss" in row
+        if self._bar is None and due:
             self._printed = time.monotonic()
-            place = f"{self.description}: step {state.global_step}/{state.max_steps}"
-            say("  ".join([place, *self._notes.values(), self._time_left(state)]), enabled=True)
+            place = f"{self.description}: step {loop.step}/{loop.steps}"
+            say("  ".join([place, *self._notes.values(), self._time_left(loop)]), enabled=True)
 
-    def _time_left(self, state: TrainerState) -> str:
-        steps, start = self._first
-        if state.global_step <= steps:
+    def _time_left(self, loop: "Loop") -> str:
+        first, start = self._first
+        if loop.step <= first:
             return ""
-        each = (time.monotonic() - start) / (state.global_step - steps)
-        return f"left {timedelta(seconds=round(each * (state.max_steps - state.global_step)))}"
+        each = (time.monotonic() - start) / (loop.step - first)
+        return f"left {timedelta(seconds=round(each * (loop.steps - loop.step)))}"
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self.close()
-
-    def close(self) -> None:
-        """Stop drawing; a bar left open would garble an error message."""
+    def on_end(self, loop: "Loop") -> None:
+        """Close the bar: left open it would garble an error message."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class Trackers(Callback):
+    """Reports every row to trackers of accelerate, which open with the first.
+
+    Args:
+        names: tensorboard, wandb, trackio.
+        output: folder of the run, whose path names it.
+    """
+
+    def __init__(self, names: Sequence[str], output: Path) -> None:
+        self._names = names
+        self._output = output
+        self._open: list[GeneralTracker] = []
+        self._first = 0
+
+    def on_begin(self, loop: "Loop") -> None:
+        """Note from which step on what an interrupted run reported is not shown."""
+        self._first = loop.step + (loop.step > 0)
+
+    def on_row(self, loop: "Loop", row: Row) -> None:
+        """Report it, evaluations apart from training."""
+        if not self._open:
+            self._open = [_start_tracker(name, self._output, self._first, loop) for name in self._names]
+        values = {_tag(name): value for name, value in row.items() if name != "step"}
+        for tracker in self._open:
+            tracker.log(values, step=loop.step)
+
+    def on_end(self, loop: "Loop") -> None:
+        """Close them."""
+        for tracker in self._open:
+            tracker.finish()
+        self._open = []
+
+
+def _tag(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def _start_tracker(name: str, output: Path, first: int, loop: "Loop") -> "GeneralTracker":
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
+    project = os.environ.get(f"{name.upper()}_PROJECT", "thoughtbubbles")
+    tracker: GeneralTracker
+    if name == "tensorboard":
+        tracker = TensorBoardTracker(name, output, purge_step=first)
+    elif name == "wandb":
+        tracker = WandBTracker(project, name=str(output), dir=str(output))
+    else:
+        tracker = TrackioTracker(project, name=str(output), resume="allow")
+    tracker.start()
+    if name != "tensorboard":
+        tracker.store_init_configuration(loop.recipe.to_dict())
+    return tracker

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thoughtbubbles.support.errors import InputError, one_line
+from thoughtbubbles.support.errors import InputError, RunError, one_line
 from thoughtbubbles.support.files import read_record, write_text
 
 SEAL_NAME = "seal.json"
@@ -139,3 +139,14 @@ def _facts(path: Path) -> list[int]:
             size += len(chunk)
             checksum = zlib.crc32(chunk, checksum)
     return [size, checksum]
+
+
+def disk_full(folder: Path) -> RunError:
+    """What to say then."""
+    return RunError(f"no space left on the disk of {folder}; {last_checkpoint(folder)}")
+
+
+def last_checkpoint(folder: Path) -> str:
+    """From where the next start goes on, in words."""
+    found = sealed(folder)
+    return f"the last checkpoint is {found[-1].folder}" if found else "there is no checkpoint yet"

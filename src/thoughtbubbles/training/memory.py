@@ -1,8 +1,6 @@
 """Whether a run fits the memory of what it runs on, and what does: the memory model of `thoughtbubbles plan`."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,11 +15,10 @@ from thoughtbubbles.model.budget import parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.training import Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError
+from thoughtbubbles.support.machine import device_memory, host_memory
 
 GB = 1e9
 WEIGHT_BYTES = 4
-# Of a container, in versions 2 and 1 of control groups.
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -110,25 +107,6 @@ def check_weights(config: ThoughtbubblesConfig) -> None:
             f"{_shape(config)}, whose weights take {weights / GB:,.1f} GB: expected at most the {there / GB:,.1f} GB "
             "of this machine"
         )
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return host_memory()
-
-
-def host_memory() -> float:
-    """Bytes of memory of this machine, or that its container may use; infinite where neither is known."""
-    found = [float("inf")]
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in map(Path, LIMITS):
-        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        if text.isdigit():
-            found.append(int(text))
-    return min(found)
 
 
 def _shape(config: ThoughtbubblesConfig) -> str:

@@ -5,19 +5,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from thoughtbubbles.data.feed.rundata import Samples
 from thoughtbubbles.model.accounting import training_flops
-from thoughtbubbles.model.budget import Budget
+from thoughtbubbles.model.budget import Budget, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.model.gate import ForkGate
 from thoughtbubbles.model.streams import Streams
-from thoughtbubbles.recipes.training import Recipe
+from thoughtbubbles.recipes.training import Recipe, TrainingSection
 from thoughtbubbles.support.sampling import draw
 from thoughtbubbles.training.sharding import whole
 
@@ -25,6 +26,20 @@ from thoughtbubbles.training.sharding import whole
 def budget_of_step(budgets: Sequence[Budget], seed: int, step: int) -> Budget:
     """The budget of an optimizer step, 1-based, drawn from the list by (seed, step) alone."""
     return budgets[int.from_bytes(draw(seed, "budget", str(step).encode())[:8], "big") % len(budgets)]
+
+
+RUNGS = 8
+"""Of the rise of the budget: few, since a compiled model has a graph for each."""
+
+
+def training_budget(settings: TrainingSection, own: Budget, step: int) -> Budget | None:
+    """The budget at which an optimizer step, 1-based, trains; None is the model's own."""
+    if settings.training_budgets is not None:
+        return budget_of_step(settings.training_budgets, settings.seed, step)
+    ramp = settings.budget_ramp * settings.steps
+    if step > ramp:
+        return None
+    return str(1 + (parse_budget(own) - 1) * Fraction(int(RUNGS * (step - 1) / ramp), RUNGS))
 
 
 class Meter:
@@ -58,14 +73,16 @@ class Meter:
             self._step, self._tokens = 0, 0
             self._rows.clear()
         batch, micro = self._settings.batch_size, self._micro_batch_size
-        budgets, length = self._settings.training_budgets, self._samples.uniform_length
-        if length is not None and budgets is None:
+        settings, length = self._settings, self._samples.uniform_length
+        ramped = self._step < settings.budget_ramp * settings.steps
+        if length is not None and settings.training_budgets is None and not ramped:
             self._tokens += (step - self._step) * batch * length
             self._rows[length, None] += (step - self._step) * batch
             self._step = step
             return
         for number in range(self._step + 1, step + 1):
-            budget = None if budgets is None else str(budget_of_step(budgets, self._settings.seed, number))
+            drawn = training_budget(settings, self._config.budget, number)
+            budget = None if drawn is None else str(drawn)
             first = (number - 1) * batch
             if length is not None:
                 self._tokens += batch * length
@@ -94,46 +111,54 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Clock(TrainerCallback):
-    """Seconds spent training: evaluations and checkpoints left out.
+@cache
+def measured_peak(device: torch.device, bfloat16: bool) -> float:
+    """Operations per second of the fastest of some square matrix products, in the precision of training."""
+    best, dtype = 0.0, torch.bfloat16 if bfloat16 else torch.float32
+    generator = torch.Generator(device)  # its own: the model's draws stay what they are
+    for size in (512, 1024) if device.type == "cpu" else (2048, 4096, 8192):
+        a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
+        for _ in range(5):
+            start = time.perf_counter()
+            product = a @ a
+            product[0, 0].item()  # it waits
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+class Clock:
+    """Seconds spent training, evaluations and checkpoints left out.
 
     Args:
         tokens: seen before.
+        flops: spent before.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, flops: int) -> None:
         self.seconds = 0.0
-        self.first_tokens = tokens
-        self._mark = 0.0
-        self._last = (tokens, 0.0)
+        self._first_tokens = tokens
+        self._started: float | None = None
+        self._last = (tokens, flops, 0.0)
 
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call, given the tokens seen so far."""
-        rate = _ratio(tokens - self._last[0], self.seconds - self._last[1])
-        self._last = (tokens, self.seconds)
-        return rate
+    def start(self) -> None:
+        """Go on counting."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Count until now, and no further."""
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+        self._started = None
+
+    def rates(self, tokens: int, flops: int) -> tuple[float, float]:
+        """Tokens and operations per second since the last call, given those so far."""
+        before, self._last = self._last, (tokens, flops, self.seconds)
+        return _ratio(tokens - before[0], self.seconds - before[2]), _ratio(flops - before[1], self.seconds - before[2])
 
     def mean_rate(self, tokens: int) -> float:
         """Tokens per second since the start of this process."""
-        return _ratio(tokens - self.first_tokens, self.seconds)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self._mark = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Count the time since the last step, evaluation or checkpoint ended."""
-        now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Leave the evaluation's time out."""
-        self._mark = time.perf_counter()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        """Leave the checkpoint's time out."""
-        self._mark = time.perf_counter()
+        return _ratio(tokens - self._first_tokens, self.seconds)
 
 
 def _ratio(amount: float, seconds: float) -> float:
@@ -150,7 +175,8 @@ class ForkStatistics:
 
     `summary` gives, for each fork layer L: `forks/L/streams_per_token`, the mean over real tokens;
     `forks/L/bubble_share`, the share of tokens with more than one stream; `forks/L/log_score_qXX`, quantiles of the
-    survivors' log scores, roots included. On several processes, of the first one's share of the batch.
+    survivors' log scores, roots included; and `gate_grad_norm`, of the gradient of all gates' parameters. On several
+    processes, figures of forks are of the first one's share of the batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -179,15 +205,8 @@ class ForkStatistics:
             for level, value in zip(QUANTILES, torch.quantile(scores, levels).tolist(), strict=True):
                 found[f"forks/{layer}/log_score_q{round(100 * level):02}"] = value
         self._sizes, self._scores = {}, {}
-        return found
-
-    def gradient_norm(self) -> float:
-        """Norm of the gradient of all gates' parameters."""
         gradients = [p.grad for gate in self._gates.values() for p in gate.parameters() if p.grad is not None]
-        return float(whole(nn.utils.get_total_norm(gradients)))
-
-    def __bool__(self) -> bool:
-        return bool(self._gates)
+        return {**found, "gate_grad_norm": float(whole(nn.utils.get_total_norm(gradients)))} if self._gates else {}
 
 
 class _Tap:

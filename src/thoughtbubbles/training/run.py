@@ -1,15 +1,15 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model."""
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback
+from accelerate import PartialState
+from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from thoughtbubbles.data.feed.loading import load_run_data
@@ -20,16 +20,17 @@ from thoughtbubbles.model.loading import check_tokenizer
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.model.sharing import write_model_card
+from thoughtbubbles.model.weights import list_names
 from thoughtbubbles.recipes.training import Recipe, RecipeError, check_rows, model_config
-from thoughtbubbles.support.errors import RunError, is_out_of_memory, one_line
+from thoughtbubbles.support.errors import RunError, is_disk_full, is_out_of_memory, one_line
 from thoughtbubbles.support.files import partial_path, read_as, replacing, write_text
 from thoughtbubbles.support.machine import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
-from thoughtbubbles.support.signals import StopRequest, interrupted, stop_on_signals
+from thoughtbubbles.support.signals import StopRequest, stop_on_signals
 from thoughtbubbles.support.text import document_ends, start_document
-from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay
-from thoughtbubbles.training.checkpoints import Checkpoint, newest_sound
+from thoughtbubbles.training.callbacks import Callback, MetricsWriter, ProgressDisplay, Trackers
+from thoughtbubbles.training.checkpoints import Checkpoint, disk_full, last_checkpoint, newest_sound
 from thoughtbubbles.training.folder import (
     CHECKPOINTS_NAME,
     METRICS_NAME,
@@ -39,8 +40,10 @@ from thoughtbubbles.training.folder import (
     opened,
     read_facts,
 )
+from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.memory import TrainingMemory
-from thoughtbubbles.training.trainer import BubbleTrainer, disk_full, is_disk_full, last_checkpoint
+from thoughtbubbles.training.meter import training_budget
+from thoughtbubbles.training.states import carry_moments, whole_weights
 
 __all__ = ["train"]
 
@@ -90,7 +93,7 @@ class RunSummary:
 
 
 def train(
-    recipe: Recipe, progress: bool = True, callbacks: Sequence[TrainerCallback] = (), verify: bool = False
+    recipe: Recipe, progress: bool = True, callbacks: Sequence[Callback] = (), verify: bool = False
 ) -> RunSummary:
     """Train a model as a recipe says, or go on with a run that was interrupted.
 
@@ -104,7 +107,7 @@ def train(
 
     Args:
         progress: show progress on standard error.
-        callbacks: of the Trainer, beside those of every run.
+        callbacks: beside those of every run.
         verify: check prepared data whole, whatever their size and however often it was done.
 
     Raises:
@@ -114,86 +117,101 @@ def train(
         RunError: if the disk is full or fails, or the loss or its gradient is not finite.
         RunInterrupted: after a signal, when everything is saved.
     """
-    output = Path(recipe.training.output)
-    arguments = build_arguments(recipe, output)
-    main = arguments.process_index == 0
+    output, state = Path(recipe.training.output), find_processes(recipe)
+    precision, main = decide_precision(recipe, output), state.is_main_process
     progress = progress and main
     data = load_run_data(recipe, progress, verify)
     config = build_config(recipe, data)
-    memory = _memory(recipe, config, data, arguments)
+    memory = _memory(recipe, config, data, state, precision)
     memory.check()
-    with stop_on_signals() as stop, _opened(recipe, data, arguments) as folder, _failures_said(output, memory):
+    with (
+        stop_on_signals() as stop,
+        _opened(recipe, data, state, precision) as folder,
+        _failures_said(output, memory),
+    ):
         if (output / SUMMARY_NAME).exists():
             summary = RunSummary.read(output)
             say(f"{output} holds a finished run of this recipe: nothing to do", progress)
             return summary
-        _say_precision(recipe, arguments, main)
+        _say_precision(recipe, precision, state)
         checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
         if checkpoint is not None:
             say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
-        if recipe.training.sharding == "fsdp" and arguments.world_size == 1:
+        if recipe.training.sharding == "fsdp" and state.num_processes == 1:
             say("training.sharding=fsdp: one process holds everything", progress)
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config, progress and checkpoint is None)
-        trainer = build_trainer(recipe, model, data, arguments, checkpoint, stop, progress, callbacks, folder)
-        metrics = _run(trainer, data, stop)
-        summary = _summarise(trainer, metrics)
-        _save_model(trainer, output, summary)
-        if trainer.is_world_process_zero():
+        loop = build_loop(recipe, model, data, checkpoint, stop, progress, callbacks, folder.begin)
+        # A signal may have come during the evaluation there.
+        again = checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every)
+        try:
+            summary = _summarise(loop, loop.train(again))
+        finally:
+            data.close()
+        _save_model(loop, output, summary)
+        if main:
             summary.write(output)
         return summary
 
 
-def _run(trainer: BubbleTrainer, data: RunData, stop: StopRequest) -> dict[str, float]:
-    """Train to the end and evaluate."""
-    start = trainer.checkpoint
-    try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start.folder))
-        if trainer.state.global_step < trainer.state.max_steps:
-            raise interrupted(stop, trainer.state.global_step)
-        return trainer.measure(data.final_eval_rows)
-    finally:
-        data.close()
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressDisplay):
-                callback.close()
+def find_processes(recipe: Recipe) -> PartialState:
+    """Which process this is of how many that torchrun started, and its device.
+
+    Raises:
+        RecipeError: if they cannot share the batch or the model as the recipe says.
+    """
+    settings, state = recipe.training, PartialState(cpu=not torch.accelerator.is_available())
+    divided = settings.sharding == "fsdp" and state.num_processes > 1
+    if settings.compile == "whole" and divided:
+        raise RecipeError(
+            "training.compile=whole: expected blocks with training.sharding=fsdp, whose weights are gathered between "
+            "them"
+        )
+    if settings.eval_tasks is not None and divided:
+        raise RecipeError(
+            f"training.eval_tasks={settings.eval_tasks}: expected null with training.sharding=fsdp, where the process "
+            "that scores does not hold the model"
+        )
+    check_batch(recipe, state.num_processes)
+    return state
+
+
+def decide_precision(recipe: Recipe, output: Path) -> str:
+    """What the run in a folder began in, or else what its recipe and this machine want: float32 or bfloat16."""
+    if recipe.training.precision == "auto" and (output / RECIPE_NAME).exists():
+        return str(read_facts(output)["precision"])
+    return choose_precision(recipe.training.precision, device_type())
 
 
 @contextmanager
-def _opened(recipe: Recipe, data: RunData, arguments: TrainingArguments) -> Iterator[RunFolder]:
+def _opened(recipe: Recipe, data: RunData, state: PartialState, precision: str) -> Iterator[RunFolder]:
     """The folder of the run, opened by the first process, for which the others wait."""
     path = Path(recipe.training.output)
-    if arguments.process_index > 0:
-        torch.distributed.barrier()
+    if not state.is_main_process:
+        state.wait_for_everyone()
         yield RunFolder(path, recipe, {}, begun=True)
         return
-    with opened(recipe, data, path, _precision(arguments), arguments.device.type) as folder:
-        if arguments.world_size > 1:
-            torch.distributed.barrier()
+    with opened(recipe, data, path, precision, state.device.type) as folder:
+        state.wait_for_everyone()
         yield folder
 
 
-def _precision(arguments: TrainingArguments) -> str:
-    return "bfloat16" if arguments.bf16 else "float32"
-
-
-def _say_precision(recipe: Recipe, arguments: TrainingArguments, main: bool) -> None:
+def _say_precision(recipe: Recipe, precision: str, state: PartialState) -> None:
     """Warn of bfloat16 where it is emulated, as far as that is known."""
-    device = arguments.device.type
-    if arguments.bf16 and device in ("cpu", "cuda") and not has_bfloat16(device):
+    device = state.device.type
+    if precision == "bfloat16" and device in ("cpu", "cuda") and not has_bfloat16(device):
         kept = recipe.training.precision == "auto"
         reason = f"{recipe.training.output} began in it" if kept else "the recipe asks for it; expected auto or float32"
         text = f"training.precision=bfloat16 is many times slower than float32 on this {device}"
-        say(f"{text}: {reason}", enabled=main)
+        say(f"{text}: {reason}", enabled=state.is_main_process)
 
 
 def _memory(
-    recipe: Recipe, config: ThoughtbubblesConfig, data: RunData, arguments: TrainingArguments
+    recipe: Recipe, config: ThoughtbubblesConfig, data: RunData, state: PartialState, precision: str
 ) -> TrainingMemory:
-    micro = arguments.per_device_train_batch_size
-    precision, processes = _precision(arguments), arguments.world_size
-    return TrainingMemory(recipe, config, data.longest, micro, precision, processes, arguments.device)
+    micro, _ = check_batch(recipe, state.num_processes)
+    return TrainingMemory(recipe, config, data.longest, micro, precision, state.num_processes, state.device)
 
 
 @contextmanager
@@ -234,8 +252,12 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     if (pretrained := recipe.model.get("pretrained")) is not None:
         check_tokenizer(pretrained, tokenizer, data.source)
     check_rows(config, data.vocab_size, data.longest, data.source)
-    for field in ("training_budgets", "eval_budgets"):
-        for budget in getattr(recipe.training, field) or []:
+    budgets = {field: getattr(recipe.training, field) or [] for field in ("training_budgets", "eval_budgets")}
+    if recipe.training.budget_ramp:
+        steps = range(1, math.ceil(recipe.training.budget_ramp * recipe.training.steps) + 1)
+        budgets["budget_ramp"] = [training_budget(recipe.training, config.budget, step) for step in steps]
+    for field, values in budgets.items():
+        for budget in dict.fromkeys(values):
             try:
                 config.exact_budget(budget)
             except ValueError as error:
@@ -267,41 +289,42 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
     return model
 
 
-def build_trainer(
+def build_loop(
     recipe: Recipe,
     model: ThoughtbubblesForCausalLM,
     data: RunData,
-    arguments: TrainingArguments,
     checkpoint: Checkpoint | None = None,
     stop: StopRequest | None = None,
     progress: bool = False,
-    more: Sequence[TrainerCallback] = (),
-    folder: RunFolder | None = None,
-) -> BubbleTrainer:
-    """The Trainer of a run with its callbacks, and `more` of them."""
-    output = Path(recipe.training.output)
-    folder = folder or RunFolder(output, recipe, {}, begun=True)
-    callbacks: list[TrainerCallback] = [_Beginning(folder), MetricsWriter(output / METRICS_NAME), *more]
+    more: Sequence[Callback] = (),
+    begin: Callable[[], None] = lambda: None,
+) -> Loop:
+    """The loop of a run with its callbacks, and `more` of them."""
+    output, state = Path(recipe.training.output), find_processes(recipe)
+    callbacks = [*more]
+    if state.is_main_process:
+        names = recipe.training.report_to
+        callbacks = [MetricsWriter(output / METRICS_NAME), *more, *([Trackers(names, output)] if names else [])]
     if progress:
         callbacks.append(ProgressDisplay(output.name))
-    if checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every):
-        # A signal came during that evaluation.
-        arguments.eval_on_start = True
-    if "tensorboard" in recipe.training.report_to:
-        callbacks.append(_Tensorboard(output / "tensorboard", 1 if checkpoint is None else checkpoint.step + 1))
-    stop = stop or StopRequest()
-    return BubbleTrainer(recipe, model, data, arguments, checkpoint, stop, callbacks, folder.begin)
+    precision = decide_precision(recipe, output)
+    loop = Loop(recipe, model, data, state, precision, checkpoint, stop, callbacks, begin)
+    if checkpoint is None and recipe.training.moments_from is not None:
+        _carry_moments(loop, Path(recipe.training.moments_from), progress)
+    return loop
 
 
-class _Beginning(TrainerCallback):
-    """Lets a run begin for good when its first step is taken."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called after each step, before anything of it is written."""
-        self._folder.begin()
+def _carry_moments(loop: Loop, source: Path, progress: bool) -> None:
+    """Begin with the moments of another run."""
+    key = f"training.moments_from={source}"
+    stored = newest_sound(source / CHECKPOINTS_NAME, warn=lambda text: say(text, progress))
+    if stored is None:
+        raise RecipeError(f"{key}: expected the folder of a run, with a checkpoint")
+    taken, anew = carry_moments(stored.folder, loop.model, loop.optimizer)
+    if not taken:
+        raise RecipeError(f"{key}: no weight of it has the name and the shape of one that is trained here")
+    rest = f"; they begin anew for {list_names(anew)}" if anew else ""
+    say(f"{key}: moments of {len(taken)} weights after step {stored.step}{rest}", progress)
 
 
 def _was_evaluated(output: Path, step: int, every: int) -> bool:
@@ -310,137 +333,44 @@ def _was_evaluated(output: Path, step: int, every: int) -> bool:
     return any("eval_loss" in row for row in read_metrics(output / METRICS_NAME) if row["step"] == step)
 
 
-class _Tensorboard(TrainerCallback):
-    """Reports to tensorboard, whose files are made with the first row.
-
-    Args:
-        folder: of the files.
-        step: from which what an interrupted run wrote is not shown.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._folder = folder
-        self._step = step
-        self._callback: TensorBoardCallback | None = None
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called with each row."""
-        if self._callback is None and state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._callback = TensorBoardCallback(SummaryWriter(str(self._folder), purge_step=self._step))
-        if self._callback is not None:
-            self._callback.on_log(args, state, control, **kwargs)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the files."""
-        if self._callback is not None:
-            self._callback.on_train_end(args, state, control, **kwargs)
-
-
-def build_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
-    """The Trainer's arguments.
-
-    Raises:
-        RecipeError: if the processes cannot share the batch, or would score benchmarks with a share of the model.
-    """
-    settings = recipe.training
-    arguments = TrainingArguments(
-        output_dir=str(output / CHECKPOINTS_NAME),
-        max_steps=settings.steps,
-        optim="adamw_torch_fused",
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={
-            "num_decay_steps": round(settings.decay_fraction * settings.steps),
-            "decay_type": "linear",
-        },
-        warmup_steps=round(settings.warmup_fraction * settings.steps),
-        bf16=_decide_precision(recipe, output) == "bfloat16",
-        use_cpu=not torch.accelerator.is_available(),
-        logging_strategy="steps",
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=settings.eval_every,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=settings.save_every,
-        ignore_data_skip=True,  # the data begins where the run stands
-        seed=settings.seed,
-        run_name=str(output),
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to=[name for name in settings.report_to if name != "tensorboard"],
-        log_level="error",
-    )
-    # A process uses one device; torchrun starts more.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    if settings.compile == "whole" and settings.sharding == "fsdp" and arguments.world_size > 1:
-        raise RecipeError(
-            "training.compile=whole: expected blocks with training.sharding=fsdp, whose weights are gathered between "
-            "them"
-        )
-    if settings.eval_tasks is not None and settings.sharding == "fsdp" and arguments.world_size > 1:
-        raise RecipeError(
-            f"training.eval_tasks={settings.eval_tasks}: expected null with training.sharding=fsdp, where the process "
-            "that scores does not hold the model"
-        )
-    micro, passes = check_batch(recipe, arguments.world_size)
-    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
-    arguments.gradient_accumulation_steps = passes
-    return arguments
-
-
-def _decide_precision(recipe: Recipe, output: Path) -> str:
-    """What the run in a folder began in, or else what its recipe and this machine want."""
-    if recipe.training.precision == "auto" and (output / RECIPE_NAME).exists():
-        return str(read_facts(output)["precision"])
-    return choose_precision(recipe.training.precision, device_type())
-
-
-def _save_model(trainer: BubbleTrainer, output: Path, summary: RunSummary) -> None:
-    main = trainer.is_world_process_zero()
+def _save_model(loop: Loop, output: Path, summary: RunSummary) -> None:
+    main, tokenizer = loop.state.is_main_process, loop.data.tokenizer
     # In training texts are of any length: they are cut into blocks.
-    trainer.data.tokenizer.model_max_length = trainer.config.max_position_embeddings
+    tokenizer.model_max_length = loop.model.config.max_position_embeddings
+    if loop.adapted is not None:
+        loop.adapted.merge_and_unload()  # type: ignore[operator]
+    weights = whole_weights(loop.model) if loop.divided else None
     with replacing(output / "model") if main else nullcontext(partial_path(output / "model")) as partial:
-        trainer.save_model(str(partial))
         if main:
-            (partial / "training_args.bin").unlink(missing_ok=True)
-            write_model_card(partial, trainer.config, _card_facts(trainer, summary))
+            loop.model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+            write_model_card(partial, loop.model.config, _card_facts(loop, summary))
 
 
-def _card_facts(trainer: BubbleTrainer, summary: RunSummary) -> dict[str, str]:
+def _card_facts(loop: Loop, summary: RunSummary) -> dict[str, str]:
     leak = f" (leaks: {LEAK})" if summary.eval_leaks else ""
-    pretrained = trainer.recipe.model.get("pretrained")
+    pretrained = loop.recipe.model.get("pretrained")
     return {
-        "Task": trainer.recipe.task,
+        "Task": loop.recipe.task,
         **({} if pretrained is None else {"Started from": str(pretrained)}),
         # The folders' names alone: their paths are nobody's business where the card is read.
-        "Data": ", ".join(Path(part).name for part in trainer.data.source.split(", ")),
+        "Data": ", ".join(Path(part).name for part in loop.data.source.split(", ")),
         "Steps": f"{summary.steps:,}",
         "Tokens": f"{summary.tokens:,}",
         "Training FLOPs": f"{summary.training_flops:.3g}",
         "Validation loss": f"{summary.eval_loss:.4f} nats per token, perplexity {summary.eval_perplexity:.2f}{leak}",
-        "Seed": str(trainer.recipe.training.seed),
+        "Seed": str(loop.recipe.training.seed),
     }
 
 
-def _summarise(trainer: BubbleTrainer, metrics: dict[str, float]) -> RunSummary:
-    config, steps = trainer.config, trainer.state.global_step
+def _summarise(loop: Loop, metrics: dict[str, float]) -> RunSummary:
+    config, steps = loop.model.config, loop.step
     return RunSummary(
         parameters=count_parameters(config),
         steps=steps,
-        tokens=trainer.meter.tokens(steps),
-        training_flops=trainer.meter.flops(steps),
-        tokens_per_second=trainer.clock.mean_rate(trainer.meter.tokens(steps)),
+        tokens=loop.meter.tokens(steps),
+        training_flops=loop.meter.flops(steps),
+        tokens_per_second=loop.clock.mean_rate(loop.meter.tokens(steps)),
         eval_loss=metrics["eval_loss"],
         eval_perplexity=metrics["eval_perplexity"],
         eval_losses={name: value for name, value in metrics.items() if name.startswith("eval_loss/")},

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.support.errors import RunError
 
 
 def divide(model: ThoughtbubblesForCausalLM, processes: int, device: str, bfloat16: bool) -> None:
@@ -41,47 +39,6 @@ def release(model: nn.Module) -> None:
     """Give back what a forward pass without a backward one left gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def check_sharding(model: nn.Module, sharding: str, processes: int) -> None:
-    """Check that the model which is about to be trained is shared by the processes as the recipe says.
-
-    Args:
-        model: as it will be called, wrapped or not.
-
-    Raises:
-        RunError: if it is not.
-    """
-    # A single process that torchrun started may be wrapped too, for an exchange with nobody.
-    expected = [sharding] if processes > 1 else ["whole", "ddp"]
-    found = _sharding_of(model, processes)
-    if found not in expected:
-        words = {
-            "whole": "a model that nothing shares",
-            "ddp": "one that DDP copies to all of them",
-            "fsdp": "every weight divided by FSDP2",
-            "mixed": "weights of which some are divided otherwise or not at all",
-        }
-        raise RunError(
-            f"training.sharding={sharding} on {processes} process(es): expected {words[expected[0]]}, found "
-            f"{words[found]}: not started"
-        )
-
-
-def _sharding_of(model: nn.Module, processes: int) -> str:
-    divided = [_is_divided(parameter, processes) for parameter in model.parameters()]
-    if isinstance(model, DistributedDataParallel):
-        return "mixed" if any(divided) else "ddp"
-    if isinstance(model, FSDPModule) and all(divided):
-        return "fsdp"
-    return "mixed" if isinstance(model, FSDPModule) or any(divided) else "whole"
-
-
-def _is_divided(parameter: Tensor, processes: int) -> bool:
-    """Whether each of so many processes holds its share of the parameter."""
-    if not isinstance(parameter, DTensor):
-        return False
-    return parameter.device_mesh.size() == processes and all(place.is_shard() for place in parameter.placements)
 
 
 def whole(tensor: Tensor) -> Tensor:

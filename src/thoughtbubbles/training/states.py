@@ -1,20 +1,22 @@
-"""Weights and moments in checkpoints, whole or divided, read by a run that holds them whole or divided.
+"""Weights and moments in a checkpoint, which runs that hold them whole or divided read alike.
 
-A divided run stores them in the folder `sharded` by torch.distributed.checkpoint, each process its share; any number of
-processes reads them. A run that holds them whole stores what transformers does.
+Both are named by the parameters that they are of. Moments are in the folder `state`, in the form of
+torch.distributed.checkpoint, into which each process writes what it holds. So are the weights where they are divided or
+under adapters; otherwise they are beside it, as transformers saves a model.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,76 +30,112 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from thoughtbubbles.support.errors import RunError, one_line
 
-SHARDED_NAME = "sharded"
-OPTIMIZER_NAME = "optimizer.pt"
+STATE_NAME = "state"
+DRAWS_NAME = "draws_{}.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
-def is_sharded(checkpoint: Path) -> bool:
-    """Whether a divided run wrote a checkpoint."""
-    return (checkpoint / SHARDED_NAME).is_dir()
+def save_state(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer, divided: bool, loadable: bool) -> None:
+    """Write weights and moments; every process calls it, and the first writes alone what is not divided.
 
-
-def save_sharded(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    """Write what this process holds of weights and moments; all processes must, each its share.
+    Args:
+        divided: whether each process holds its share.
+        loadable: whether the weights are those of a model as transformers saves it.
 
     Raises:
-        RunError: on all of them, if one cannot.
+        RunError: if they cannot be written; on all processes, if one of them cannot.
     """
-    content = {"model": _weights(model), "optimizer": _moments(model, optimizer)}
-    with _failures_said(checkpoint):
-        state_dict_saver.save(content, checkpoint_id=checkpoint / SHARDED_NAME)
+    content: dict[str, Any] = {"optimizer": _moments(model, optimizer)}
+    if divided or not loadable:
+        content["model"] = _weights(model)
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if main and "model" not in content:
+        model.save_pretrained(checkpoint)
+    if main or divided:
+        with _failures_said(checkpoint):
+            state_dict_saver.save(content, checkpoint_id=checkpoint / STATE_NAME, no_dist=not divided)
 
 
-def load_sharded_weights(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Read weights that `save_sharded` wrote into a model, whole or divided."""
-    weights = _weights(model)
-    _read({"model": weights}, checkpoint)
-    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+def load_state(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    """Read what `save_state` wrote, by as many processes as there are. Learning rates stay: they are the schedule's.
 
-
-def load_sharded_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """The same of moments. Learning rates stay: they are the schedule's."""
+    Raises:
+        RunError: if it cannot be read.
+    """
+    if (checkpoint / SAFE_WEIGHTS_NAME).exists():
+        set_model_state_dict(model, {**load_file(checkpoint / SAFE_WEIGHTS_NAME)}, options=WHOLE)
+    else:
+        weights = _weights(model)
+        _read({"model": weights}, checkpoint)
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
     moments = _moments(model, optimizer)
     _read({"optimizer": moments}, checkpoint)
-    _set_moments(model, optimizer, moments, StateDictOptions())
+    _set_moments(model, optimizer, moments)
+
+
+def carry_moments(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> tuple[list[str], list[str]]:
+    """Take moments over from another run's checkpoint, of the weights that both have.
+
+    Returns:
+        the names of these weights, and of those whose moments begin anew.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    with _failures_said(checkpoint):
+        stored = FileSystemReader(checkpoint / STATE_NAME).read_metadata().state_dict_metadata
+    moments = _moments(model, optimizer)
+    taken = {name: state for name, state in moments.items() if _has(stored, name, state)}
+    anew = {name: state for name, state in moments.items() if name not in taken}
+    for state in anew.values():
+        state["step"].zero_()
+    _read({"optimizer": taken}, checkpoint)
+    _set_moments(model, optimizer, {**anew, **taken})
+    return list(taken), list(anew)
+
+
+def save_draws(checkpoint: Path, process: int, device: torch.device) -> None:
+    """Write where the generators stand from which dropout of this process draws."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    torch.save(states, checkpoint / DRAWS_NAME.format(process))
+
+
+def load_draws(checkpoint: Path, process: int, device: torch.device) -> None:
+    """Let them go on from there, where as many processes wrote the checkpoint."""
+    path = checkpoint / DRAWS_NAME.format(process)
+    states = torch.load(path, weights_only=True) if path.exists() else {}
+    for kind, state in states.items():
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        elif kind == device.type:
+            torch.get_device_module(device).set_rng_state(state)
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights on the CPU of the first process, nothing on the others; all processes must ask."""
+    return _weights(model, WHOLE)
 
 
 def _read(content: dict[str, Any], checkpoint: Path) -> None:
     """Fill tensors with what the checkpoint has of the same names."""
-    with _failures_said(checkpoint), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process may read alone
-        state_dict_loader.load(content, checkpoint_id=checkpoint / SHARDED_NAME)
+    with _failures_said(checkpoint):
+        state_dict_loader.load(content, checkpoint_id=checkpoint / STATE_NAME)
 
 
 @contextmanager
 def _failures_said(checkpoint: Path) -> Iterator[None]:
     """What torch raises of the processes that failed is no `Exception`, and holds their traces."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process writes and reads
+            yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise RunError(f"checkpoint {checkpoint}: {one_line(cause)}") from error
-
-
-def divide_whole_weights(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Read weights that transformers stored into a divided model."""
-    weights: dict[str, Any] = load_file(checkpoint / SAFE_WEIGHTS_NAME)
-    set_model_state_dict(model, weights, options=WHOLE)
-
-
-def divide_whole_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """The same of moments, which are stored in the order of the optimizer's parameters."""
-    stored = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)["state"]
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {name: stored[place] for place, name in enumerate(order)}
-    _set_moments(model, optimizer, moments, WHOLE)
-
-
-def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All weights on the CPU of the first process, nothing on the others; all processes must ask."""
-    return _weights(model, WHOLE)
+    except FileNotFoundError as error:
+        raise RunError(f"checkpoint {checkpoint}: {one_line(error)}") from error
 
 
 def _weights(model: PreTrainedModel, options: StateDictOptions | None = None) -> dict[str, Any]:
@@ -106,13 +144,20 @@ def _weights(model: PreTrainedModel, options: StateDictOptions | None = None) ->
     return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def _moments(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
     """By name of the weight; zeros before the first step."""
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     moments: dict[str, Any] = state["state"]
     return moments
 
 
-def _set_moments(model: nn.Module, optimizer: Optimizer, moments: dict[str, Any], options: StateDictOptions) -> None:
+def _set_moments(model: PreTrainedModel, optimizer: Optimizer, moments: dict[str, Any]) -> None:
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-    set_optimizer_state_dict(model, optimizer, {**state, "state": moments}, options=options)
+    set_optimizer_state_dict(model, optimizer, {**state, "state": moments})
+
+
+def _has(stored: Mapping[str, Any], name: str, state: Mapping[str, Any]) -> bool:
+    """Whether moments of this name and shape are stored."""
+    found = (stored.get(f"optimizer.{name}.{moment}") for moment in state)
+    shapes = [getattr(each, "size", None) for each in found]
+    return shapes == [value.shape if isinstance(value, Tensor) else None for value in state.values()]

@@ -74,7 +74,7 @@ def validation_of(corpora: Sequence[PreparedData], weights: Mapping[str, float])
     total = sum(weights.values())
     names = _short_names([corpus.path for corpus in corpora])
     return {
-        name: Validation(corpus.validation, weight / total)
+        name: Validation(corpus.validation, weight / total, corpus.manifest.validation.tokens_per_byte)
         for name, corpus, weight in zip(names, corpora, weights.values(), strict=True)
     }
 

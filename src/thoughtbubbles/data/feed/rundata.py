@@ -63,10 +63,12 @@ class Validation:
     Attributes:
         rows: all of it.
         weight: its share in `eval_loss`.
+        tokens_per_byte: of its text in UTF-8, special tokens counted; None where that is not known.
     """
 
     rows: Rows
     weight: float
+    tokens_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

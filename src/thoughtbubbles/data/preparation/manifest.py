@@ -145,6 +145,11 @@ class SplitRecord:
     blocks: int
     dropped_tokens: int
 
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Separators counted; None for a split without text."""
+        return self.tokens / self.bytes if self.bytes else None
+
 
 @dataclass(frozen=True)
 class Manifest:
