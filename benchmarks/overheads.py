@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from thoughtbubbles.training.trainer import BubbleTrainer
 from torch.utils.data import DataLoader
 
 from thoughtbubbles.data.feed.blocks import collate_blocks
@@ -28,7 +29,6 @@ from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training.folder import METRICS_NAME
 from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
-from thoughtbubbles.training.trainer import BubbleTrainer
 
 RECIPE = """
 model: {{preset: {preset}, max_position_embeddings: {length}, budget: 2}}

@@ -26,7 +26,7 @@ from thoughtbubbles.model.attention import rotary_angles
 from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
 from thoughtbubbles.model.streams import Streams
 from thoughtbubbles.support.files import json_text
-from thoughtbubbles.support.machine import describe_machine, keep_freed_memory
+from thoughtbubbles.support.machine import describe_machine, keep_freed_memory, measured_peak
 from thoughtbubbles.training.meter import peak_memory
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()  # as `thoughtbubbles train` does
     steps = make_steps(arguments)
-    peak = matmul_peak(arguments)
+    peak = arguments.peak or measured_peak(torch.device(arguments.device), arguments.precision == "bfloat16")
     for step in steps.values():
         step.run()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -216,20 +216,6 @@ def timed_parts(step: Step, whole: float, arguments: argparse.Namespace) -> dict
     shares = ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in found.items())
     print(f"  {shares}, rest {1 - sum(found.values()) / whole:.1%}")
     return {name: 1000 * seconds for name, seconds in found.items()}
-
-
-def matmul_peak(arguments: argparse.Namespace) -> float:
-    """FLOP/s of the fastest of some square products in the precision of training, or what --peak says."""
-    if arguments.peak is not None:
-        return float(arguments.peak)
-    best = 0.0
-    for size in (1024, 2048, 4096):
-        a = torch.randn(size, size, device=arguments.device, dtype=getattr(torch, arguments.precision))
-        for _ in range(4):
-            start = now(arguments.device)
-            a @ a
-            best = max(best, 2 * size**3 / (now(arguments.device) - start))
-    return best
 
 
 def autocast(arguments: argparse.Namespace) -> AbstractContextManager[Any]:

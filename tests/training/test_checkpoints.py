@@ -159,7 +159,7 @@ def test_leavings_are_cleared(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["model.safetensors", "loss_sum.json", "state/.metadata", "draws_0.pt"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     tmp_path: Path, tiny_run: Path, tiny_data: PreparedData, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training import trainer
+from thoughtbubbles.training import loop as loop_module
 from thoughtbubbles.training.run import train
 from thoughtbubbles.training.sharding import compile_model
 
@@ -37,7 +37,7 @@ def graphs() -> Iterator[CompileCounterWithBackend]:
 def trained(
     model: ThoughtbubblesForCausalLM, ids: Tensor, step: int, budget: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and all gradients of a pass as the Trainer makes it."""
+    """The loss and all gradients of a pass as the loop makes it."""
     model.train()
     model.zero_grad()
     model.model.routing_step.fill_(step)
@@ -104,7 +104,7 @@ def test_a_compiled_run_is_that_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its last batch of an evaluation has fewer rows than the others, and its last step of each two is watched."""
-    monkeypatch.setattr(trainer, "compile_model", partial(compile_model, backend=graphs))
+    monkeypatch.setattr(loop_module, "compile_model", partial(compile_model, backend=graphs))
     assert len(tiny_data.validation) % 4
     train(tiny_recipe(tmp_path, tiny_data.path, f"training.compile={pieces}"), progress=False)
     found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "run", tiny_run))

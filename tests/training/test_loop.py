@@ -13,10 +13,10 @@ from tests.training.test_run import comparable
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.support.errors import RunError
+from thoughtbubbles.support.machine import measured_peak
 from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import sealed
 from thoughtbubbles.training.loop import Loop
-from thoughtbubbles.training.meter import measured_peak
 from thoughtbubbles.training.run import build_config, build_loop, build_model, train
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")

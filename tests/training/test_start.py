@@ -62,7 +62,7 @@ def test_memory_that_runs_out_at_the_start_leaves_nothing(
     recipe = tiny_recipe(tmp_path, tiny_data.path, f"training.output={tmp_path}/deep/down/run")
     with monkeypatch.context() as patch:
         patch.setattr(ThoughtbubblesForCausalLM, "forward", raising(error))
-        patch.setattr(memory, "host_memory", lambda: 1_200_000.0)
+        patch.setattr(memory, "device_memory", lambda _: 1_200_000.0)
         with pytest.raises(
             RecipeError, match=r"training\.micro_batch_size=4 takes .*; at most 1 fits, 2 with"
         ) as caught:
@@ -77,7 +77,7 @@ def test_the_micro_batch_that_fits_is_the_plans(tmp_path: Path, tiny_data: Prepa
     data = load_run_data(recipe)
     config = build_config(recipe, data)
     device = torch.device("cuda")
-    ours = memory.TrainingMemory(recipe, config, data.longest, 4, "float32", 1, device)
+    ours = memory.TrainingMemory(recipe, config, data.longest, "float32", 1, device)
     found = []
     for there in (300_000, 700_000, 1_100_000, 1_500_000, 3_000_000):
         with pytest.MonkeyPatch.context() as patch:

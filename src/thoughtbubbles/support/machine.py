@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import subprocess
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -131,3 +133,18 @@ def host_memory() -> float:
         if text.isdigit():
             found.append(int(text))
     return min(found)
+
+
+@cache
+def measured_peak(device: torch.device, bfloat16: bool) -> float:
+    """Operations per second of the fastest of some square matrix products, in the precision of training."""
+    best, dtype = 0.0, torch.bfloat16 if bfloat16 else torch.float32
+    generator = torch.Generator(device)  # its own: the model's draws stay what they are
+    for size in (512, 1024) if device.type == "cpu" else (2048, 4096, 8192):
+        a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
+        for _ in range(5):
+            start = time.perf_counter()
+            product = a @ a
+            product[0, 0].item()  # it waits
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

@@ -5,13 +5,12 @@ import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from thoughtbubbles.support.errors import InputError, RunError, one_line
-from thoughtbubbles.support.files import read_record, write_text
+from thoughtbubbles.support.files import read_as, write_text
 
 SEAL_NAME = "seal.json"
 PREFIX = "checkpoint-"
@@ -36,36 +35,36 @@ class Checkpoint:
     eval_loss: float | None
 
 
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint is, with size and checksum of each of its files."""
+
+    step: int
+    eval_loss: float | None
+    files: dict[str, list[int]]
+
+
 def seal(folder: Path, step: int, eval_loss: float | None) -> None:
-    """Note the size and checksum of every file of a checkpoint, and what it is."""
-    files = {path.relative_to(folder).as_posix(): _facts(path) for path in _files(folder)}
-    content = {"step": step, "eval_loss": eval_loss, "files": files}
-    write_text(folder / SEAL_NAME, json.dumps(content, indent=2) + "\n")
+    """Say of a checkpoint what it is: from now on it counts."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL_NAME)
+    files = {path.relative_to(folder).as_posix(): _facts(path) for path in paths}
+    write_text(folder / SEAL_NAME, json.dumps(asdict(Seal(step, eval_loss, files)), indent=2) + "\n")
 
 
 def sealed(folder: Path) -> list[Checkpoint]:
     """The checkpoints of a run, oldest first. Their files are not read: `damage` does that."""
-    found = [_read_seal(path) for path in _named(folder)]
-    kept = [checkpoint for checkpoint in found if isinstance(checkpoint, Checkpoint)]
-    return sorted(kept, key=lambda checkpoint: checkpoint.step)
+    seals = {path: _read_seal(path) for path in _named(folder)}
+    found = [Checkpoint(path, each.step, each.eval_loss) for path, each in seals.items() if isinstance(each, Seal)]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     try:
-        files = read_record(checkpoint.folder / SEAL_NAME)["files"]
+        files = read_as(Seal, checkpoint.folder / SEAL_NAME).files
         return next((wrong for name, facts in files.items() if (wrong := _wrong(checkpoint.folder, name, facts))), None)
     except (InputError, OSError) as error:
         return one_line(error)
-
-
-def _wrong(folder: Path, name: str, facts: list[int]) -> str | None:
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != facts[0]:
-        return f"{name} has {path.stat().st_size} bytes, expected {facts[0]}"
-    return None if _facts(path) == facts else f"{name} is not what was written"
 
 
 def newest_sound(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -90,8 +89,7 @@ def prune(folder: Path, keep: int) -> None:
         # A link was made by somebody else, and so was what it leads to.
         if checkpoint.folder != best and not checkpoint.folder.is_symlink():
             # Under another name it no longer counts, should the removal be interrupted.
-            doomed = checkpoint.folder.rename(folder / f".{checkpoint.folder.name}.old")
-            shutil.rmtree(doomed)
+            shutil.rmtree(checkpoint.folder.rename(folder / f".{checkpoint.folder.name}.old"))
 
 
 def clear_leavings(folder: Path) -> None:
@@ -101,34 +99,40 @@ def clear_leavings(folder: Path) -> None:
             shutil.rmtree(path)
 
 
+def disk_full(folder: Path) -> RunError:
+    """What to say of a disk that has no room for a run's checkpoints."""
+    return RunError(f"no space left on the disk of {folder}; {last_checkpoint(folder)}")
+
+
+def last_checkpoint(folder: Path) -> str:
+    """From where the next start goes on, in words."""
+    found = sealed(folder)
+    return f"the last checkpoint is {found[-1].folder}" if found else "there is no checkpoint yet"
+
+
 def _named(folder: Path) -> list[Path]:
     """The folders that have the name of a checkpoint."""
     return [path for path in folder.glob(f"{PREFIX}*") if NAME.fullmatch(path.name) and path.is_dir()]
 
 
-def _read_seal(folder: Path) -> Checkpoint | str:
-    """The checkpoint in a folder, or what is wrong with its seal."""
+def _read_seal(folder: Path) -> Seal | str:
+    """The seal of a checkpoint, or what is wrong with it."""
     try:
-        content = read_record(folder / SEAL_NAME)
+        found = read_as(Seal, folder / SEAL_NAME)
     except InputError:
         return f"{SEAL_NAME} is missing or broken"
-    step, eval_loss, files = (content.get(name) for name in ("step", "eval_loss", "files"))
-    if type(step) is not int or type(eval_loss) not in (int, float, type(None)) or not _are_facts(files):
+    if not found.files or any(len(facts) != 2 for facts in found.files.values()):
         return f"{SEAL_NAME} is missing or broken"
-    if folder.name != f"{PREFIX}{step}":
-        return f"{SEAL_NAME} is of step {step}"
-    return Checkpoint(folder, step, eval_loss)
+    return found if folder.name == f"{PREFIX}{found.step}" else f"{SEAL_NAME} is of step {found.step}"
 
 
-def _are_facts(files: Any) -> bool:
-    """Whether they are the sizes and checksums of one file or more, by name."""
-    if not isinstance(files, dict) or not files:
-        return False
-    return all(isinstance(each, list) and [type(value) for value in each] == [int, int] for each in files.values())
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL_NAME)
+def _wrong(folder: Path, name: str, facts: list[int]) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != facts[0]:
+        return f"{name} has {path.stat().st_size} bytes, expected {facts[0]}"
+    return None if _facts(path) == facts else f"{name} is not what was written"
 
 
 def _facts(path: Path) -> list[int]:
@@ -139,14 +143,3 @@ def _facts(path: Path) -> list[int]:
             size += len(chunk)
             checksum = zlib.crc32(chunk, checksum)
     return [size, checksum]
-
-
-def disk_full(folder: Path) -> RunError:
-    """What to say then."""
-    return RunError(f"no space left on the disk of {folder}; {last_checkpoint(folder)}")
-
-
-def last_checkpoint(folder: Path) -> str:
-    """From where the next start goes on, in words."""
-    found = sealed(folder)
-    return f"the last checkpoint is {found[-1].folder}" if found else "there is no checkpoint yet"

@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, who is at it, and when the run has begun for good."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +12,7 @@ import yaml
 from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.recipes.training import Recipe, RecipeError, differences, load_recipe
 from thoughtbubbles.support.errors import InputError, os_reason
-from thoughtbubbles.support.files import (
-    LOCK_NAME,
-    claimed,
-    damaged,
-    partial_path,
-    read_record,
-    write_text,
-)
+from thoughtbubbles.support.files import LOCK_NAME, claimed, damaged, partial_path, read_record, write_text
 from thoughtbubbles.support.machine import describe_machine
 from thoughtbubbles.training.checkpoints import clear_leavings
 
@@ -30,41 +23,17 @@ RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
 LIBRARIES = ("accelerate", "datasets", "numpy")
 # Change neither what is trained nor on what: a run may be moved, shared otherwise, and made to need less memory.
-FREE = ("output", "sharding", "micro_batch_size", "gradient_checkpointing")
-
-
-class RunFolder:
-    """The folder in which a run is.
-
-    Args:
-        path: of the folder.
-        facts: of the run, for run.json: the data's identity, the precision, the machine.
-        begun: whether a run has begun there.
-    """
-
-    def __init__(self, path: Path, recipe: Recipe, facts: dict[str, Any], begun: bool) -> None:
-        self.path = path
-        self.begun = begun
-        self._recipe = recipe
-        self._facts = facts
-
-    def begin(self) -> None:
-        """Write run.json and recipe.yaml: from now on the folder is that of this run.
-
-        Called when the first step is taken, after all that a wrong recipe makes fail.
-        """
-        if self.begun:
-            return
-        write_text(self.path / RUN_NAME, json.dumps(self._facts, indent=2) + "\n")
-        write_text(self.path / RECIPE_NAME, self._recipe.to_yaml())
-        self.begun = True
+FREE = ("output", "sharding", "micro_batch_size", "gradient_checkpointing", "peak_flops", "report_to")
+# Of a run that was killed before it had begun.
+LEAVINGS = (LOCK_NAME, *(partial_path(Path(name)).name for name in (RUN_NAME, RECIPE_NAME)))
 
 
 @contextmanager
-def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: str) -> Iterator[RunFolder]:
+def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: str) -> Iterator[Callable[[], None]]:
     """The folder of a run, made if it is not there and locked while the block runs.
 
-    If the run has not begun when the block ends, nothing of it stays.
+    The block gets what to call when the first step is taken, after all that a wrong recipe makes fail: it writes
+    run.json and recipe.yaml, and from then on the folder is that of this run. Before that nothing stays.
 
     Args:
         precision: what the run computes in.
@@ -83,11 +52,18 @@ def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: st
             clear_leavings(path / CHECKPOINTS_NAME)
         versions = {library: version(library) for library in LIBRARIES}
         facts = {"data": data.identity, "precision": precision, **describe_machine(device), **versions}
-        folder = RunFolder(path, recipe, facts, begun)
+
+        def begin() -> None:
+            nonlocal begun
+            if not begun:
+                write_text(path / RUN_NAME, json.dumps(facts, indent=2) + "\n")
+                write_text(path / RECIPE_NAME, recipe.to_yaml())
+            begun = True
+
         try:
-            yield folder
+            yield begin
         finally:
-            if not folder.begun:
+            if not begun:
                 _leave_nothing(path)
 
 
@@ -133,7 +109,7 @@ def _holds_something(path: Path) -> bool:
     Raises:
         RecipeError: if it is no folder, or cannot be read.
     """
-    leavings = [LOCK_NAME, *(partial_path(path / name).name for name in (RUN_NAME, RECIPE_NAME))]
+    leavings = [*LEAVINGS]
     with suppress(InputError):
         read_facts(path)
         leavings.append(RUN_NAME)
@@ -146,8 +122,7 @@ def _holds_something(path: Path) -> bool:
 
 def _leave_nothing(path: Path) -> None:
     """Remove what a run that never began has made in its folder."""
-    names = [LOCK_NAME, RUN_NAME, *(partial_path(path / name).name for name in (RUN_NAME, RECIPE_NAME))]
-    for name in names:
+    for name in (RUN_NAME, *LEAVINGS):
         with suppress(OSError):
             (path / name).unlink()
     with suppress(OSError):

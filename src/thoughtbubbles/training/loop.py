@@ -26,6 +26,7 @@ from thoughtbubbles.model.threshold import update_thresholds
 from thoughtbubbles.recipes.training import Recipe, TrainingSection
 from thoughtbubbles.support.errors import RunError, RunInterrupted, is_disk_full
 from thoughtbubbles.support.files import partial_path, replacing, write_text
+from thoughtbubbles.support.machine import measured_peak
 from thoughtbubbles.support.signals import StopRequest, interrupted
 from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import (
@@ -37,7 +38,7 @@ from thoughtbubbles.training.checkpoints import (
     seal,
 )
 from thoughtbubbles.training.folder import CHECKPOINTS_NAME
-from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, measured_peak, peak_memory, training_budget
+from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, peak_memory, training_budget
 from thoughtbubbles.training.optimizer import add_adapters, build_optimizer, freeze, rate_of_step
 from thoughtbubbles.training.sharding import compile_model, divide, whole
 from thoughtbubbles.training.states import load_draws, load_state, save_draws, save_state

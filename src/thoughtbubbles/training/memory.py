@@ -1,11 +1,13 @@
 """Whether a run fits the memory of what it runs on, and what does: the memory model of `thoughtbubbles plan`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from thoughtbubbles.data.feed.rundata import check_batch
 from thoughtbubbles.model.accounting import (
     USABLE_MEMORY,
+    StateBytes,
     activation_bytes,
     count_parameters,
     largest_micro_batch,
@@ -29,7 +31,6 @@ class TrainingMemory:
         recipe: of the run.
         config: of its model.
         length: tokens of its longest row.
-        micro_batch_size: rows of one forward pass on one device.
         precision: float32 or bfloat16.
         processes: that share the run.
         device: that this one trains on.
@@ -38,7 +39,6 @@ class TrainingMemory:
     recipe: Recipe
     config: ThoughtbubblesConfig
     length: int
-    micro_batch_size: int
     precision: str
     processes: int
     device: torch.device
@@ -50,10 +50,7 @@ class TrainingMemory:
             RecipeError: naming its shape.
         """
         check_weights(self.config)
-        settings = self.recipe.training
-        state = process_bytes(
-            self.config, self.precision, settings.gradient_checkpointing, self.processes, settings.sharding
-        )
+        state = self._state(self.recipe.training.gradient_checkpointing)
         held, there = state.weights + state.gradients + state.optimizer, device_memory(self.device)
         if held > there:
             raise RecipeError(
@@ -67,7 +64,7 @@ class TrainingMemory:
         An `InputError` where the micro-batch is too large for the device, otherwise a `RunError`: something else holds
         the memory.
         """
-        micro, there = self.micro_batch_size, device_memory(self.device)
+        micro, there = check_batch(self.recipe, self.processes)[0], device_memory(self.device)
         begin = f"out of memory on {self.device.type}: training.micro_batch_size={micro} takes "
         begin += f"{self._total(micro) / GB:,.1f} of {there / GB:,.1f} GB by the model of `thoughtbubbles plan`"
         fits = self._largest(self.recipe.training.gradient_checkpointing)
@@ -85,14 +82,17 @@ class TrainingMemory:
 
     def _total(self, rows: int, checkpointing: bool | None = None) -> int:
         """Bytes of training with so many rows in a micro-batch."""
-        settings = self.recipe.training
+        settings, device = self.recipe.training, self.device.type
         checkpointing = settings.gradient_checkpointing if checkpointing is None else checkpointing
-        state = process_bytes(self.config, self.precision, checkpointing, self.processes, settings.sharding)
         budget = max(map(parse_budget, settings.training_budgets or ()), default=None)
-        each = activation_bytes(
-            self.config, self.length, budget, self.precision, checkpointing, device=self.device.type
-        )
-        return state.total + rows * each.total
+        each = activation_bytes(self.config, self.length, budget, self.precision, checkpointing, device)
+        return self._state(checkpointing).total + rows * each.total
+
+    def _state(self, checkpointing: bool) -> StateBytes:
+        """Bytes whatever the rows are; gradients and moments of adapters count for nothing."""
+        settings = self.recipe.training
+        state = process_bytes(self.config, self.precision, checkpointing, self.processes, settings.sharding)
+        return state if settings.lora is None else replace(state, gradients=0, optimizer=0)
 
 
 def check_weights(config: ThoughtbubblesConfig) -> None:

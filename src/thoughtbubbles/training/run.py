@@ -36,7 +36,6 @@ from thoughtbubbles.training.folder import (
     METRICS_NAME,
     RECIPE_NAME,
     SUMMARY_NAME,
-    RunFolder,
     opened,
     read_facts,
 )
@@ -122,11 +121,11 @@ def train(
     progress = progress and main
     data = load_run_data(recipe, progress, verify)
     config = build_config(recipe, data)
-    memory = _memory(recipe, config, data, state, precision)
+    memory = TrainingMemory(recipe, config, data.longest, precision, state.num_processes, state.device)
     memory.check()
     with (
         stop_on_signals() as stop,
-        _opened(recipe, data, state, precision) as folder,
+        _opened(recipe, data, state, precision) as begin,
         _failures_said(output, memory),
     ):
         if (output / SUMMARY_NAME).exists():
@@ -142,7 +141,7 @@ def train(
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config, progress and checkpoint is None)
-        loop = build_loop(recipe, model, data, checkpoint, stop, progress, callbacks, folder.begin)
+        loop = build_loop(recipe, model, data, checkpoint, stop, progress, callbacks, begin)
         # A signal may have come during the evaluation there.
         again = checkpoint is not None and not _was_evaluated(output, checkpoint.step, recipe.training.eval_every)
         try:
@@ -185,16 +184,15 @@ def decide_precision(recipe: Recipe, output: Path) -> str:
 
 
 @contextmanager
-def _opened(recipe: Recipe, data: RunData, state: PartialState, precision: str) -> Iterator[RunFolder]:
-    """The folder of the run, opened by the first process, for which the others wait."""
-    path = Path(recipe.training.output)
+def _opened(recipe: Recipe, data: RunData, state: PartialState, precision: str) -> Iterator[Callable[[], None]]:
+    """As `folder.opened`: the first process opens the folder, and the others wait for it."""
     if not state.is_main_process:
         state.wait_for_everyone()
-        yield RunFolder(path, recipe, {}, begun=True)
+        yield lambda: None
         return
-    with opened(recipe, data, path, precision, state.device.type) as folder:
+    with opened(recipe, data, Path(recipe.training.output), precision, state.device.type) as begin:
         state.wait_for_everyone()
-        yield folder
+        yield begin
 
 
 def _say_precision(recipe: Recipe, precision: str, state: PartialState) -> None:
@@ -205,13 +203,6 @@ def _say_precision(recipe: Recipe, precision: str, state: PartialState) -> None:
         reason = f"{recipe.training.output} began in it" if kept else "the recipe asks for it; expected auto or float32"
         text = f"training.precision=bfloat16 is many times slower than float32 on this {device}"
         say(f"{text}: {reason}", enabled=state.is_main_process)
-
-
-def _memory(
-    recipe: Recipe, config: ThoughtbubblesConfig, data: RunData, state: PartialState, precision: str
-) -> TrainingMemory:
-    micro, _ = check_batch(recipe, state.num_processes)
-    return TrainingMemory(recipe, config, data.longest, micro, precision, state.num_processes, state.device)
 
 
 @contextmanager
@@ -278,11 +269,11 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
     if pretrained is None:
         model = ThoughtbubblesForCausalLM(config)
     else:
-        from thoughtbubbles.training.pretrained import gate_changes, start_from
+        from thoughtbubbles.training.pretrained import start_from
 
-        if changes := str(gate_changes(pretrained, config)):
+        model, changes = start_from(pretrained, config)
+        if changes:
             say(f"model.pretrained={pretrained}: {changes}", progress)
-        model = start_from(pretrained, config)
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it, 5.17 knows the older name alone.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
