@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from thoughtbubbles.training.trainer import BubbleTrainer
 from torch.utils.data import DataLoader
 
 from thoughtbubbles.data.feed.blocks import collate_blocks
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.files import json_text
-from thoughtbubbles.support.machine import describe_machine
+from thoughtbubbles.support.machine import describe_machine, device_type
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training.folder import METRICS_NAME
-from thoughtbubbles.training.run import build_arguments, build_config, build_model, build_trainer
+from thoughtbubbles.training.loop import Loop
+from thoughtbubbles.training.run import build_config, build_loop, build_model
+from thoughtbubbles.training.validation import measure
 
 RECIPE = """
 model: {{preset: {preset}, max_position_embeddings: {length}, budget: 2}}
@@ -55,7 +56,7 @@ def main() -> None:
         }
     for name, value in found.items():
         print(f"{name:<32}{value:.4g}")
-    print(json_text({"settings": vars(arguments), "machine": describe_machine(device()), **found}))
+    print(json_text({"settings": vars(arguments), "machine": describe_machine(device_type()), **found}))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,14 +95,13 @@ def in_this_process(folder: Path, arguments: argparse.Namespace) -> dict[str, fl
     """Loading and evaluation, as seconds and as ratios."""
     recipe = load_recipe(folder / "recipe.yaml")
     data = load_run_data(recipe, progress=False)
-    trainer = build_trainer(
-        recipe, build_model(recipe, build_config(recipe, data)), data, build_arguments(recipe, folder / "run")
-    )
-    trainer.train()
+    (folder / "run").mkdir()
+    loop = build_loop(recipe, build_model(recipe, build_config(recipe, data)), data)
+    loop.train()
     rates = [row["tokens_per_second"] for row in read_metrics(folder / "run" / METRICS_NAME) if "loss" in row]
     step = arguments.batch_size * arguments.length / statistics.median(rates[1:])
-    load = seconds_to_load(trainer)
-    bare, evaluation = (statistics.median(times) for times in evaluations(trainer, data.eval_rows or arguments.blocks))
+    load = seconds_to_load(loop)
+    bare, evaluation = (statistics.median(times) for times in evaluations(loop, data.eval_rows or arguments.blocks))
     return {
         "step_seconds": step,
         "load_seconds": load,
@@ -112,53 +112,44 @@ def in_this_process(folder: Path, arguments: argparse.Namespace) -> dict[str, fl
     }
 
 
-def seconds_to_load(trainer: BubbleTrainer) -> float:
+def seconds_to_load(loop: Loop) -> float:
     """Of the batch of a step."""
-    trainer.start = 0
+    loop.step = 0
     start, batches = time.perf_counter(), 0
-    for _ in trainer.get_train_dataloader():
+    for _ in loop.batches():
         batches += 1
-    return (time.perf_counter() - start) / batches
+    return (time.perf_counter() - start) / batches * loop.passes
 
 
-def evaluations(trainer: BubbleTrainer, blocks: int) -> tuple[list[float], list[float]]:
+def evaluations(loop: Loop, blocks: int) -> tuple[list[float], list[float]]:
     """Seconds of bare forward passes over the blocks of an evaluation, and of the evaluation, in turn."""
-    rows = next(iter(trainer.data.validation.values())).rows
+    rows = next(iter(loop.data.validation.values())).rows
     batches = list(
         DataLoader(
             [rows[index] for index in spread(len(rows), blocks)],  # type: ignore[arg-type]
-            batch_size=trainer.args.per_device_eval_batch_size,
+            batch_size=loop.micro_batch_size,
             collate_fn=collate_blocks,
         )
     )
     bare, whole = [], []
     for _ in range(5):
-        bare.append(forward(trainer, batches))
+        bare.append(forward(loop, batches))
         start = time.perf_counter()
-        trainer.measure(blocks)
+        measure(loop, blocks)
         whole.append(time.perf_counter() - start)
     return bare[1:], whole[1:]
 
 
 @torch.no_grad()
-def forward(trainer: BubbleTrainer, batches: list[dict[str, Any]]) -> float:
+def forward(loop: Loop, batches: list[dict[str, Any]]) -> float:
     """Seconds of a forward pass over each batch."""
-    assert trainer.model is not None
     start = time.perf_counter()
-    trainer.model.eval()
+    loop.model.eval()
     for batch in batches:
-        with trainer.accelerator.autocast():
-            loss = trainer.model(
-                **{name: values.to(device()) for name, values in batch.items()}, return_logits=False
-            ).loss
+        with loop.autocast():
+            loss = loop.model(**loop.on_device(batch), return_logits=False).loss
     loss.item()
-    trainer.model.train()
     return time.perf_counter() - start
-
-
-def device() -> str:
-    """The device that the Trainer chooses."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ The baselines are the dense model of the same length, transformers' GPT-NeoX cla
 budget the dense model whose blocks compute as many positions as the Thoughtbubbles model's: what is left over that is
 gate, routing, gather and merge. The share of the machine's peak is that of the fastest matrix product found.
 
+With `--against CHECKOUT` it is the whole command that is timed instead: `thoughtbubbles train` with the demo's recipe,
+of this checkout and of another one, in pairs.
+
 The last line is JSON: the settings, the machine, the peak, and for each variant tokens per second, the median step in
 milliseconds, the share of the peak and, where parts are timed, the milliseconds of each part by itself.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from against import compare_checkouts
 from clock import now
 from parts import part_seconds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
@@ -33,6 +37,11 @@ from thoughtbubbles.training.meter import peak_memory
 def main() -> None:
     """Time every variant in turn, round by round, so that a drifting machine touches all alike."""
     arguments = parse_arguments()
+    if arguments.against is not None:
+        found = compare_checkouts(arguments)
+        settings = {name: getattr(arguments, name) for name in ("against", "pairs", "steps")}
+        print(json_text({"settings": settings, "machine": describe_machine(arguments.device), **found}))
+        return
     keep_freed_memory()  # as `thoughtbubbles train` does
     steps = make_steps(arguments)
     peak = arguments.peak or measured_peak(torch.device(arguments.device), arguments.precision == "bfloat16")
@@ -82,6 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
     parser.add_argument("--peak", type=float, help="FLOP/s of the device; by default that of the fastest product found")
+    parser.add_argument("--against", help="another checkout: instead of all this, `train` of both in pairs")
+    parser.add_argument("--pairs", type=int, default=7, help="with --against")
+    parser.add_argument("--steps", type=int, default=24, help="of a run, with --against")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 

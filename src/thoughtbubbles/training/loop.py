@@ -165,8 +165,8 @@ class Loop:
             order = samples.shared(left, batch=batch, processes=state.num_processes, micro=micro)
         turns = iter(lambda: list(islice(order, micro)), [])
         loader: DataLoader[Any] = DataLoader(
-            samples,  # a map-style dataset by its methods
-            batch_sampler=islice(turns, state.process_index, None, state.num_processes),  # type: ignore[arg-type]
+            samples,  # type: ignore[arg-type]  # a map-style dataset by its methods
+            batch_sampler=islice(turns, state.process_index, None, state.num_processes),
             collate_fn=self.data.collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, so that opening it draws nothing from the model's
@@ -199,7 +199,8 @@ class Loop:
     def _count_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Tokens to predict in the step's batch, on all processes."""
         self._targets.fill_(sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches))
-        return reduce(self._targets, "sum")
+        total: Tensor = reduce(self._targets, "sum")
+        return total
 
     def _update(self, step: int, loss: Tensor) -> None:
         """Change the weights; from the first gradient on that is not finite nothing does, on the device by itself."""
