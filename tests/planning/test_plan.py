@@ -93,6 +93,16 @@ def test_drawn_budgets_cost_what_the_meter_counts(tiny_data: PreparedData, tmp_p
     assert fixed.run.flops == 12 * 4 * training_flops(config, BLOCK, 1)
 
 
+def test_a_rising_budget_costs_what_the_meter_counts(tiny_data: PreparedData, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tiny_data.path, "training.budget_ramp=0.5", "training.steps=32", "model.budget=2")
+    (tmp_path / "rising.yaml").write_text(recipe.to_yaml())
+    plan = make_plan(str(tmp_path / "rising.yaml"))
+    config = ThoughtbubblesConfig(**{**recipe.model, "vocab_size": tiny_data.manifest.vocab_size})
+    meter = Meter(recipe, config, load_run_data(recipe).samples, micro_batch_size=4)
+    assert plan.run is not None
+    assert plan.run.flops == meter.flops(32) < 32 * 4 * training_flops(config, BLOCK)
+
+
 def test_data_that_is_not_there_is_said(tmp_path: Path) -> None:
     tiny_recipe(tmp_path, tmp_path / "nowhere")
     plan = make_plan(str(tmp_path / "recipe.yaml"))

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.helpers import random_ids, tiny_model
 from tests.run_fixtures import tiny_recipe
+from tests.training.test_run import MEASURED
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.model.rules import RULES
@@ -22,7 +23,6 @@ from thoughtbubbles.training.run import train
 from thoughtbubbles.training.sharding import compile_model
 
 long = pytest.mark.long
-MEASURED = ("tokens_per_second", "peak_memory")
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.support.machine import measured_peak
-from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import sealed
-from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.run import build_config, build_loop, build_model, train
+from thoughtbubbles.training.session import Callback, Session
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
 """Operators whose result the host waits for."""
@@ -43,11 +42,11 @@ class CountReadbacks(Callback):
     def __init__(self) -> None:
         self.counts: list[list[str]] = []
 
-    def on_step_begin(self, loop: Loop) -> None:
+    def on_step_begin(self, session: Session) -> None:
         self._mode = Readbacks()
         self._mode.__enter__()
 
-    def on_step_end(self, loop: Loop) -> None:
+    def on_step_end(self, session: Session) -> None:
         self._mode.__exit__(None, None, None)
         self.counts.append(self._mode.found)
 
@@ -81,19 +80,19 @@ class Spoil(Callback):
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         self.moments: dict[int, list[torch.Tensor]] = {}
 
-    def on_step_begin(self, loop: Loop) -> None:
-        norm = loop.model.model.norm.weight.data
-        if loop.step + 1 == self.at:
+    def on_step_begin(self, session: Session) -> None:
+        norm = session.model.model.norm.weight.data
+        if session.step + 1 == self.at:
             self._kept = norm.clone()
             norm[0] = float("inf")
-        if loop.step == self.at:
+        if session.step == self.at:
             norm.copy_(self._kept)
 
-    def on_step_end(self, loop: Loop) -> None:
-        names = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
-        self.weights[loop.step] = names
-        states = loop.optimizer.state_dict()["state"].values()
-        self.moments[loop.step] = [value.clone() for state in states for value in state.values()]
+    def on_step_end(self, session: Session) -> None:
+        names = {name: parameter.detach().clone() for name, parameter in session.model.named_parameters()}
+        self.weights[session.step] = names
+        states = session.optimizer.state_dict()["state"].values()
+        self.moments[session.step] = [value.clone() for state in states for value in state.values()]
 
 
 def test_from_a_gradient_on_that_is_not_finite_no_update_is_made(tmp_path: Path, tiny_data: PreparedData) -> None:

@@ -28,12 +28,12 @@ from thoughtbubbles.recipes.training import DataSection, Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.support.files import sole_user
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import Checkpoint, sealed
 from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.meter import budget_of_step
 from thoughtbubbles.training.optimizer import rate_of_step
 from thoughtbubbles.training.run import RunSummary, build_config, build_loop, build_model, train
+from thoughtbubbles.training.session import Callback, Session
 
 MEASURED = ("tokens_per_second", "mfu", "peak_memory")
 
@@ -168,8 +168,8 @@ class Kill(Callback):
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def on_step_end(self, loop: Loop) -> None:
-        if loop.step == self.at:
+    def on_step_end(self, session: Session) -> None:
+        if session.step == self.at:
             raise KeyboardInterrupt
 
 
@@ -179,8 +179,8 @@ class _Raise(Callback):
     def __init__(self, name: str, at: int) -> None:
         self.name, self.at = name, at
 
-    def on_step_begin(self, loop: Loop) -> None:
-        if loop.step + 1 == self.at:
+    def on_step_begin(self, session: Session) -> None:
+        if session.step + 1 == self.at:
             signal.raise_signal(getattr(signal, self.name))
 
 
@@ -191,8 +191,8 @@ class _RaiseInEvaluation(Callback):
         self.number = number
         self.steps: list[int] = []
 
-    def on_eval_batch(self, loop: Loop) -> None:
-        self.steps.append(loop.step)
+    def on_eval_batch(self, session: Session) -> None:
+        self.steps.append(session.step)
         evaluations = len(set(self.steps)) + (self.number == 4 and self.steps.count(12) > 10)
         if evaluations == self.number:
             signal.raise_signal(signal.SIGTERM)
@@ -333,8 +333,8 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path, tiny_run: Path
     recomputed: list[int] = []
 
     class Count(Callback):
-        def on_begin(self, loop: Loop) -> None:
-            loop.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+        def on_begin(self, session: Session) -> None:
+            session.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
 
     train_with(tiny_recipe(tmp_path, tiny_data.path, "training.gradient_checkpointing=true"), Count())
     assert comparable(tmp_path / "run") == comparable(tiny_run)

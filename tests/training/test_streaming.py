@@ -20,10 +20,9 @@ from thoughtbubbles.planning.plan import make_plan
 from thoughtbubbles.recipes.training import Recipe, RecipeError, StreamSection, load_recipe
 from thoughtbubbles.support.errors import InputError, RunError
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import damage, sealed
-from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.session import Callback, Session
 
 # Windows of 2 blocks for each of 4 lanes: a run goes through several.
 DATA = """
@@ -171,8 +170,8 @@ class _Remove(Callback):
     def __init__(self, folder: Path, at: int) -> None:
         self.folder, self.at = folder, at
 
-    def on_step_end(self, loop: Loop) -> None:
-        if loop.step == self.at:
+    def on_step_end(self, session: Session) -> None:
+        if session.step == self.at:
             self.folder.rename(self.folder.with_name("away"))
 
 

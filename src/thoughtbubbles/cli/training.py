@@ -15,7 +15,7 @@ from thoughtbubbles.support.files import json_text
 
 if TYPE_CHECKING:
     from thoughtbubbles.recipes.training import Recipe
-    from thoughtbubbles.training.callbacks import Callback
+    from thoughtbubbles.training.session import Callback
 
 VerifyOption = Annotated[
     bool,

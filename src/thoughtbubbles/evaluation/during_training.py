@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +10,8 @@ from thoughtbubbles.evaluation.benchmarks import Benchmark, LoadedBenchmark, che
 from thoughtbubbles.evaluation.harness import adapter, require_harness
 from thoughtbubbles.evaluation.scoring import quiet_harness, run_task
 from thoughtbubbles.recipes.training import Recipe
-from thoughtbubbles.training.callbacks import MetricsWriter, Row
-
-if TYPE_CHECKING:
-    from thoughtbubbles.training.loop import Loop
+from thoughtbubbles.training.callbacks import MetricsWriter
+from thoughtbubbles.training.session import MetricsRow, Session
 
 TASKS_NAME = "tasks.jsonl"
 
@@ -45,34 +42,34 @@ class TaskScores(MetricsWriter):
         self.taught = taught
         self._loaded: list[LoadedBenchmark] = []
 
-    def on_begin(self, loop: "Loop") -> None:
+    def on_begin(self, session: Session) -> None:
         """Drop rows as `MetricsWriter` does, and open the benchmarks."""
-        if not loop.state.is_main_process:
+        if not session.state.is_main_process:
             return
-        super().on_begin(loop)
+        super().on_begin(session)
         shots = 0 if self.taught else None
         with quiet_harness(progress=False):
             self._loaded = [load_benchmark(each, self.data_dir, shots) for each in self.benchmarks]
 
-    def on_row(self, loop: "Loop", row: Row) -> None:
+    def on_row(self, session: Session, row: MetricsRow) -> None:
         """What the run logs is in metrics.jsonl."""
 
-    def on_evaluate(self, loop: "Loop") -> None:
+    def on_evaluate(self, session: Session) -> None:
         """Score the model as it is, and write a row."""
-        if not loop.state.is_main_process:
+        if not session.state.is_main_process:
             return
-        row: dict[str, float | None] = {"step": loop.step}
-        loop.model.eval()
+        row: dict[str, float | None] = {"step": session.step}
+        session.model.eval()
         # Of a compiled model too: rows of all lengths and caches would each want a graph.
         with quiet_harness(progress=False), torch.compiler.set_stance("force_eager"):
             lm = adapter()(
-                loop.model,
-                tokenizer=loop.data.tokenizer,
-                batch_size=loop.micro_batch_size,
-                mixed_precision_dtype="bfloat16" if loop.precision == "bfloat16" else None,
+                session.model,
+                tokenizer=session.data.tokenizer,
+                batch_size=session.micro_batch_size,
+                mixed_precision_dtype="bfloat16" if session.precision == "bfloat16" else None,
             )
             for benchmark in self._loaded:
-                record = run_task(lm, benchmark, loop.model.config.exact_budget(), self.limit)
+                record = run_task(lm, benchmark, session.model.config.exact_budget(), self.limit)
                 for metric in record.metrics:
                     name, scores = f"{record.task}/{metric.protocol}/{metric.metric}", record.scores(metric)
                     error = scores.standard_error

@@ -304,9 +304,12 @@ def _run_costs(setup: Setup, steps: int, rate: float | None) -> RunCosts:
 
 def _steps_by_budget(setup: Setup, steps: int) -> dict[Fraction, int]:
     """How many of the steps train at each budget; of very many about as many."""
+    from thoughtbubbles.training.meter import RUNGS, budget_of_step, rising_budgets
+
     if not setup.budgets:
-        return {setup.config.exact_budget(): steps}
-    from thoughtbubbles.training.meter import budget_of_step
+        own, each = setup.config.exact_budget(), round(setup.ramp * steps / RUNGS)
+        rising = dict.fromkeys(rising_budgets(setup.config.budget), each) if each else {}
+        return {**rising, own: steps - sum(rising.values())}
 
     counted = min(steps, MOST_DRAWN)
     drawn = Counter(parse_budget(budget_of_step(setup.budgets, setup.seed, step)) for step in range(1, counted + 1))

@@ -36,6 +36,7 @@ class Setup:
         steps: optimizer steps; None where nothing says how many.
         budgets: those that steps draw from, empty for the model's own.
         seed: by which they do.
+        ramp: share of the steps in which the budget rises from 1 to the model's own.
         notes: what was assumed, in words.
     """
 
@@ -50,6 +51,7 @@ class Setup:
     steps: int | None
     budgets: tuple[Budget, ...] = ()
     seed: int = 0
+    ramp: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -84,7 +86,7 @@ def _changed(setup: Setup, options: PlanOptions) -> Setup:
         most = setup.config.max_position_embeddings
         raise InputError(f"length={setup.length}: expected at most {most}, the model's max_position_embeddings")
     if options.budget is not None:
-        setup = replace(setup, config=at_budget(setup.config, options.budget), budgets=())
+        setup = replace(setup, config=at_budget(setup.config, options.budget), budgets=(), ramp=0.0)
     if options.tokens is not None:
         setup = replace(setup, steps=math.ceil(options.tokens / (setup.batch_size * setup.length)))
     if setup.gpus > 1:
@@ -185,6 +187,7 @@ def _setup_of_recipe(recipe: "Recipe", gpus: int) -> Setup:
         steps=settings.steps,
         budgets=tuple(settings.training_budgets or ()),
         seed=settings.seed,
+        ramp=settings.budget_ramp,
         notes=notes,
     )
 

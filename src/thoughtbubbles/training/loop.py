@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from thoughtbubbles.data.feed.rundata import Batch, RunData, Streamed, check_batch
+from thoughtbubbles.data.feed.rundata import Batch, RunData, Streamed
 from thoughtbubbles.model.loss import IGNORE_INDEX
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.threshold import update_thresholds
@@ -28,7 +28,6 @@ from thoughtbubbles.support.errors import RunError, RunInterrupted, is_disk_full
 from thoughtbubbles.support.files import partial_path, replacing, write_text
 from thoughtbubbles.support.machine import measured_peak
 from thoughtbubbles.support.signals import StopRequest, interrupted
-from thoughtbubbles.training.callbacks import Callback
 from thoughtbubbles.training.checkpoints import (
     PREFIX,
     Checkpoint,
@@ -40,6 +39,7 @@ from thoughtbubbles.training.checkpoints import (
 from thoughtbubbles.training.folder import CHECKPOINTS_NAME
 from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, peak_memory, training_budget
 from thoughtbubbles.training.optimizer import add_adapters, build_optimizer, freeze, rate_of_step
+from thoughtbubbles.training.session import Callback, Session
 from thoughtbubbles.training.sharding import compile_model, divide, whole
 from thoughtbubbles.training.states import load_draws, load_state, save_draws, save_state
 from thoughtbubbles.training.validation import MOST_NATS, measure
@@ -48,21 +48,12 @@ LOSS_SUM_NAME = "loss_sum.json"
 DIVERGED_NAME = "diverged.json"
 
 
-class Loop:
+class Loop(Session):
     """Trains as a recipe says.
 
     Args:
-        precision: float32, or bfloat16 for autocast.
         checkpoint: to go on from.
-        stop: says when a signal asks to stop.
-        begin: called when the first step is taken, or its loss is not finite: the run has begun then.
-
-    Attributes:
-        model: what is trained.
-        state: of the processes: which this is of how many, on which device.
-        steps: of the whole run.
-        step: optimizer steps taken.
-        micro_batch_size: rows of one forward pass on one device.
+        begin: called after each step: the run has begun then.
     """
 
     def __init__(
@@ -77,13 +68,10 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.recipe, self.model, self.data, self.state = recipe, model, data, state
-        self.precision, self.checkpoint, self.stop = precision, checkpoint, stop or StopRequest()
-        self.callbacks, self.begin = list(callbacks), begin
-        settings, self.device = recipe.training, state.device
+        super().__init__(recipe, model, data, state, precision, stop or StopRequest(), callbacks)
+        self.checkpoint, self.begin, settings = checkpoint, begin, recipe.training
         self.folder = Path(settings.output) / CHECKPOINTS_NAME
-        self.steps, self.step = settings.steps, 0 if checkpoint is None else checkpoint.step
-        self.micro_batch_size, self.passes = check_batch(recipe, state.num_processes)
+        self.step = 0 if checkpoint is None else checkpoint.step
         self.meter = Meter(recipe, model.config, data.samples, self.micro_batch_size)
         self.clock = Clock(self.meter.tokens(self.step), self.meter.flops(self.step))
         self.adapted = None if settings.lora is None else add_adapters(model, settings.lora)
@@ -102,18 +90,16 @@ class Loop:
 
     def _place(self) -> nn.Module:
         """Put the model on the device, divided, compiled and wrapped as the recipe says."""
-        settings, count = self.recipe.training, self.state.num_processes
-        self.divided = settings.sharding == "fsdp" and count > 1
+        count, device = self.state.num_processes, self.device
         if self.divided:
-            divide(self.model, count, self.device.type, self.precision == "bfloat16")
+            divide(self.model, count, device.type, self.precision == "bfloat16")
         else:
-            self.model.to(self.device)
-        self.compiled = settings.compile != "none"
+            self.model.to(device)
         if self.compiled:
-            compile_model(self.model, settings.compile)
+            compile_model(self.model, self.recipe.training.compile)
         if count == 1 or self.divided:
             return self.model
-        return DistributedDataParallel(self.model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
 
     def train(self, evaluate_first: bool = False) -> dict[str, float]:
         """Train to the end; the validation losses there, as `measure` gives them.
@@ -220,14 +206,6 @@ class Loop:
         wrapped = self._wrapped
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What forward passes compute in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    def on_device(self, batch: Batch) -> Batch:
-        """A batch where the model is."""
-        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
-
     def _log(self) -> None:
         """Hand on what was found since the last time, and what it cost."""
         step = self.step
@@ -269,11 +247,6 @@ class Loop:
         asked = torch.tensor(int(self.stop.requested))
         torch.distributed.all_reduce(asked, group=self._talk)
         return bool(asked)
-
-    def tell(self, event: str, *arguments: Any) -> None:
-        """Call a method of every callback."""
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *arguments)
 
     def _load(self) -> None:
         """Go on where the checkpoint says."""

@@ -31,6 +31,11 @@ RUNGS = 8
 """Of the rise of the budget: few, since a compiled model has a graph for each."""
 
 
+def rising_budgets(own: Budget) -> list[Fraction]:
+    """The budgets, from 1 on, through which a ramp goes up to a model's own."""
+    return [1 + (parse_budget(own) - 1) * Fraction(rung, RUNGS) for rung in range(RUNGS)]
+
+
 def training_budget(settings: TrainingSection, own: Budget, step: int) -> Budget | None:
     """The budget at which an optimizer step, 1-based, trains; None is the model's own."""
     if settings.training_budgets is not None:
@@ -38,7 +43,7 @@ def training_budget(settings: TrainingSection, own: Budget, step: int) -> Budget
     ramp = settings.budget_ramp * settings.steps
     if step > ramp:
         return None
-    return str(1 + (parse_budget(own) - 1) * Fraction(int(RUNGS * (step - 1) / ramp), RUNGS))
+    return str(rising_budgets(own)[int(RUNGS * (step - 1) / ramp)])
 
 
 class Meter:

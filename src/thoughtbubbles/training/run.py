@@ -1,7 +1,6 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
 from thoughtbubbles.support.signals import StopRequest, stop_on_signals
 from thoughtbubbles.support.text import document_ends, start_document
-from thoughtbubbles.training.callbacks import Callback, MetricsWriter, ProgressDisplay, Trackers
+from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, Trackers
 from thoughtbubbles.training.checkpoints import Checkpoint, disk_full, last_checkpoint, newest_sound
 from thoughtbubbles.training.folder import (
     CHECKPOINTS_NAME,
@@ -41,7 +40,8 @@ from thoughtbubbles.training.folder import (
 )
 from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.memory import TrainingMemory
-from thoughtbubbles.training.meter import training_budget
+from thoughtbubbles.training.meter import rising_budgets
+from thoughtbubbles.training.session import Callback
 from thoughtbubbles.training.states import carry_moments, whole_weights
 
 __all__ = ["train"]
@@ -123,11 +123,8 @@ def train(
     config = build_config(recipe, data)
     memory = TrainingMemory(recipe, config, data.longest, precision, state.num_processes, state.device)
     memory.check()
-    with (
-        stop_on_signals() as stop,
-        _opened(recipe, data, state, precision) as begin,
-        _failures_said(output, memory),
-    ):
+    started = _opened(recipe, data, state, precision)
+    with stop_on_signals() as stop, started as begin, _failures_said(output, memory):
         if (output / SUMMARY_NAME).exists():
             summary = RunSummary.read(output)
             say(f"{output} holds a finished run of this recipe: nothing to do", progress)
@@ -136,8 +133,8 @@ def train(
         checkpoint = newest_sound(output / CHECKPOINTS_NAME, warn=lambda text: say(text, enabled=main))
         if checkpoint is not None:
             say(f"{output}: going on after step {checkpoint.step} of {recipe.training.steps}", progress)
-        if recipe.training.sharding == "fsdp" and state.num_processes == 1:
-            say("training.sharding=fsdp: one process holds everything", progress)
+        alone = recipe.training.sharding == "fsdp" and state.num_processes == 1
+        say("training.sharding=fsdp: one process holds everything", progress and alone)
         transformers_logging.disable_progress_bar()
         set_seed(recipe.training.seed)
         model = build_model(recipe, config, progress and checkpoint is None)
@@ -245,8 +242,7 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     check_rows(config, data.vocab_size, data.longest, data.source)
     budgets = {field: getattr(recipe.training, field) or [] for field in ("training_budgets", "eval_budgets")}
     if recipe.training.budget_ramp:
-        steps = range(1, math.ceil(recipe.training.budget_ramp * recipe.training.steps) + 1)
-        budgets["budget_ramp"] = [training_budget(recipe.training, config.budget, step) for step in steps]
+        budgets["budget_ramp"] = [str(each) for each in rising_budgets(config.budget)]
     for field, values in budgets.items():
         for budget in dict.fromkeys(values):
             try:
