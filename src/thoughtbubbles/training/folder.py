@@ -21,6 +21,7 @@ RECIPE_NAME = "recipe.yaml"
 METRICS_NAME = "metrics.jsonl"
 RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
+DIVERGED_NAME = "diverged.json"
 LIBRARIES = ("accelerate", "datasets", "numpy")
 # Change neither what is trained nor on what: a run may be moved, shared otherwise, and made to need less memory.
 FREE = ("output", "sharding", "micro_batch_size", "gradient_checkpointing", "peak_flops", "report_to")

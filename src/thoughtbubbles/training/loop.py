@@ -36,7 +36,7 @@ from thoughtbubbles.training.checkpoints import (
     prune,
     seal,
 )
-from thoughtbubbles.training.folder import CHECKPOINTS_NAME
+from thoughtbubbles.training.folder import CHECKPOINTS_NAME, DIVERGED_NAME
 from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, peak_memory, training_budget
 from thoughtbubbles.training.optimizer import add_adapters, build_optimizer, freeze, rate_of_step
 from thoughtbubbles.training.session import Callback, Session
@@ -45,7 +45,6 @@ from thoughtbubbles.training.states import load_draws, load_state, save_draws, s
 from thoughtbubbles.training.validation import MOST_NATS, measure
 
 LOSS_SUM_NAME = "loss_sum.json"
-DIVERGED_NAME = "diverged.json"
 
 
 class Loop(Session):

@@ -228,6 +228,8 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     start, ends = start_document(tokenizer), document_ends(tokenizer)
+    if data.answer_end is not None:
+        ends = [*ends, data.answer_end]
     ids = {
         "bos_token_id": start[-1] if start else None,
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
@@ -235,7 +237,7 @@ def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
     }
     config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
     for name, token in ids.items():
-        if getattr(config, name) is None:
+        if getattr(config, name) is None or (name == "eos_token_id" and data.answer_end is not None):
             setattr(config, name, token)
     if (pretrained := recipe.model.get("pretrained")) is not None:
         check_tokenizer(pretrained, tokenizer, data.source)
@@ -270,6 +272,7 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
         model, changes = start_from(pretrained, config)
         if changes:
             say(f"model.pretrained={pretrained}: {changes}", progress)
+    model.generation_config.eos_token_id = config.eos_token_id
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it, 5.17 knows the older name alone.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
