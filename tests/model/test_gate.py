@@ -195,7 +195,7 @@ def test_autocast_does_not_reach_the_gate(adapted: bool) -> None:
     if adapted:  # adapters are products of matrices, which autocast narrows
         plain = torch.nn.Linear(16, 2, bias=False)
         plain.load_state_dict(gate.projection.state_dict())
-        gate.projection = plain
+        gate.projection = plain  # type: ignore[assignment]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = gate.candidate_scores(streams)
     assert torch.allclose(scores, expected, rtol=0, atol=1e-5)

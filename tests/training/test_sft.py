@@ -378,6 +378,10 @@ def test_the_token_that_ends_answers_is_known(tmp_path: Path, tiny_data: Prepare
     data = load_run_data(chat_recipe(tmp_path, tiny_data, f"data.tokenizer={tmp_path}/chatting"), progress=False)
     assert data.answer_end == tokenizer.convert_tokens_to_ids("<|end|>") == data.vocab_size - 1
     assert data.samples[0].tokens[data.samples[0].targets][-1] == data.answer_end
+    recipe = chat_recipe(tmp_path, tiny_data, f"data.tokenizer={tmp_path}/chatting")
+    config = build_config(recipe, data)
+    assert config.eos_token_id == [tokenizer.eos_token_id, data.answer_end]
+    assert build_model(recipe, config).generation_config.eos_token_id == config.eos_token_id
 
 
 def test_packed_rows_hold_every_example_once(tmp_path: Path, tiny_data: PreparedData) -> None:

@@ -76,8 +76,7 @@ def generate(
 
     check_seed("--seed", seed, InputError)
     check_budget(budget)
-    if (system is not None and not chat) or (chat and (interactive or file is not None)):
-        raise InputError("--chat: expected it without --interactive and --file, and --system with it alone")
+    _check_chat(chat, system, interactive or file is not None)
     with bad_input():
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     settings = Decoding(max_new_tokens, sampling, budget, seed)
@@ -93,6 +92,11 @@ def generate(
             typer.echo(json_text({**asdict(made), "seed": seed, "bubbles": sizes}))
         elif sizes is not None:
             _print_bubbles(tokenizer, made.ids, sizes)
+
+
+def _check_chat(chat: bool, system: str | None, other: bool) -> None:
+    if (system is not None and not chat) or (chat and other):
+        raise InputError("--chat: expected it without --interactive and --file, and --system with it alone")
 
 
 def _print_bubbles(tokenizer: "PreTrainedTokenizerBase", ids: list[int], sizes: list[int]) -> None:

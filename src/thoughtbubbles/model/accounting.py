@@ -22,6 +22,7 @@ __all__ = [
     "forward_flops",
     "layer_widths",
     "parameter_counts",
+    "process_bytes",
     "state_bytes",
     "tokens_at_equal_flops",
     "training_flops",
