@@ -353,7 +353,7 @@ def test_bfloat16_is_autocast(tmp_path: Path, tiny_run: Path, tiny_data: Prepare
 
 def test_budgets_are_drawn_for_each_step_and_evaluated(tmp_path: Path, tiny_data: PreparedData) -> None:
     overrides = ("training.training_budgets=[1, 3/2, 2.5]", "training.eval_budgets=[1, 2.5]", "training.steps=24")
-    recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides, "training.micro_batch_size=2")
+    recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides, "training.micro_batch_size=2", "training.eval_every=24")
     seen: list[str] = []
     forward = ThoughtbubblesForCausalLM.forward
 
