@@ -178,6 +178,21 @@ def test_two_processes_train_a_compiled_model(
 
 
 @pytest.mark.long
+def test_adapters_of_a_divided_model_are_merged(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:
+    pytest.importorskip("peft")
+    for processes, name in ((1, "one"), (2, "two")):
+        (tmp_path / name).mkdir()
+        recipe = tiny_recipe(tmp_path / name, tiny_data.path)
+        recipe.model = {"pretrained": str(tiny_run)}
+        (tmp_path / name / "lora.yaml").write_text(recipe.to_yaml())
+        train = ["-m", "thoughtbubbles", "train", str(tmp_path / name / "lora.yaml"), "training.lora={rank: 2}"]
+        torchrun(f"--nproc-per-node={processes}", "--standalone", *train, "training.sharding=fsdp")
+    assert_same_curve(tmp_path / "two" / "run", tmp_path / "one" / "run")
+    one, two = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
 def test_killing_one_of_two_processes_ends_the_run_which_then_goes_on(tmp_path: Path, tiny_data: PreparedData) -> None:
     longer = ["training.sharding=fsdp", "training.steps=40"]
     for name in ("whole", "killed"):

@@ -4,7 +4,9 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import accelerate.tracking
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from thoughtbubbles.model import controls as controls_module
 from thoughtbubbles.model.accounting import training_flops
 from thoughtbubbles.model.loading import load_model
 from thoughtbubbles.model.rules import RULES
+from thoughtbubbles.recipes import training as recipe_module
 from thoughtbubbles.recipes.training import DataSection, Recipe, RecipeError
 from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.support.files import sole_user
@@ -471,6 +474,41 @@ def test_tensorboard_gets_what_metrics_has(tmp_path: Path, tiny_data: PreparedDa
     shown = [(event.step, event.value) for event in events.Scalars("eval/loss")]
     assert shown == [(row["step"], pytest.approx(row["eval_loss"])) for row in rows if "eval_loss" in row]
     assert {"train/forks/1/streams_per_token", "train/gate_grad_norm"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_what_metrics_has(
+    tmp_path: Path, tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The library itself need not be there."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    said: dict[str, object] = {}
+
+    class Tracker:
+        def __init__(self, project: str, **kwargs: object) -> None:
+            said.update(project=project, **kwargs)
+
+        def start(self) -> None: ...
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            said["steps"] = values["training"]["steps"]
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            rows.append((step, values))
+
+        def finish(self) -> None:
+            said["finished"] = True
+
+    monkeypatch.setattr(accelerate.tracking, {"wandb": "WandBTracker", "trackio": "TrackioTracker"}[name], Tracker)
+    monkeypatch.setattr(recipe_module, "find_spec", lambda _: True)
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "bubbles")
+    train(tiny_recipe(tmp_path, tiny_data.path, f"training.report_to=[{name}]", "training.steps=4"), progress=False)
+    assert said["name"] == str(tmp_path / "run")
+    assert (said["project"], said["steps"], said["finished"]) == ("bubbles", 4, True)
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [step for step, _ in rows] == [row["step"] for row in metrics] == [2, 4, 4]
+    assert rows[0][1]["train/loss"] == metrics[0]["loss"]
+    assert rows[2][1]["eval/loss"] == metrics[2]["eval_loss"]
 
 
 def test_a_pretrained_model_is_gone_on_with(tmp_path: Path, tiny_run: Path, tiny_data: PreparedData) -> None:

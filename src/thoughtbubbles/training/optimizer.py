@@ -1,6 +1,7 @@
 """What a step of the optimizer does to which parameters: groups, their rates, what is frozen, adapters."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -80,7 +81,9 @@ def add_adapters(model: nn.Module, settings: LoraSection) -> nn.Module:
         if target not in linear:
             raise RecipeError(f"training.lora: target {target}: {nearest(target, sorted(linear))}")
     config = LoraConfig(r=settings.rank, lora_alpha=ALPHA * settings.rank, target_modules=settings.targets)
-    wrapped: nn.Module = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of names that peft uses and transformers renamed
+        wrapped: nn.Module = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".gates." in name and ".base_layer." not in name:
             parameter.requires_grad_(True)
