@@ -98,20 +98,30 @@ def test_scores_and_probabilities_far_below_1_do_not_underflow() -> None:
 LABELS = {"some": lambda ids: ids.masked_fill(torch.arange(ids.shape[1]) % 3 == 1, IGNORE_INDEX), "all": torch.clone}
 
 
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+RULES: list[Case] = [
+    {"budget": 1},
+    {"budget": 1.5, "gate_scores": "forks"},
+    {"budget": 2},
+    {"budget": 3.25, "routing": "topk"},
+    {"budget": 4, "attenuation": "none"},
+    {"budget": 1, "attenuation": "released"},
+    {"budget": 2, "routing": "pause"},
+    {"budget": 3, "routing": "copy", "copy_layer": 2},
+    {"budget": 1, "routing": "none"},
+]
+PADDINGS = ("none", "left", "right", "holes")
+
+
 @pytest.mark.parametrize(
-    "rules",
+    ("rules", "padding", "labels"),
     [
-        {"budget": 1},
-        {"budget": 1.5, "gate_scores": "forks"},
-        {"budget": 2},
-        {"budget": 3.25, "routing": "topk"},
-        {"budget": 4, "attenuation": "none"},
-        {"budget": 1, "attenuation": "released"},
-        {"budget": 2, "routing": "pause"},
-        {"budget": 3, "routing": "copy", "copy_layer": 2},
-        {"budget": 1, "routing": "none"},
+        *((rules, "holes", "some") for rules in RULES),
+        *(({"budget": 2}, padding, "all") for padding in PADDINGS),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in itertools.product(RULES, PADDINGS, LABELS)
+            if case[1:] != ("holes", "some")
+        ),
     ],
     ids=str,
 )
