@@ -15,6 +15,7 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
 from thoughtbubbles.evaluation.benchmarks import parse_tasks
 from thoughtbubbles.evaluation.evaluate import Options, evaluate
+from thoughtbubbles.evaluation.finite import check_finite, finite_logits
 from thoughtbubbles.evaluation.generation import generate_text
 from thoughtbubbles.evaluation.perplexity import evaluate_perplexity
 from thoughtbubbles.evaluation.protocols import last_words
@@ -31,6 +32,22 @@ def spoilt(model: ThoughtbubblesForCausalLM, value: float) -> ThoughtbubblesForC
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[3, 2] = value
     return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite(value: float) -> None:
+    with pytest.raises(InputError, match=rf"losses: 2 of 4 {NOT_FINITE}"):
+        check_finite(torch.tensor([[1.0, value], [value, 0.0]]), "losses")
+    check_finite(torch.tensor([1e38, -1e38, 0.0]), "losses")
+
+
+def test_a_forbidden_token_is_none_of_the_models() -> None:
+    """Other processors of `generate`, as that of `min_new_tokens`, write -inf before the logits are checked."""
+    ids, forbidden = torch.tensor([[1]]), torch.tensor([[0.5, -math.inf, 2.0]])
+    assert torch.equal(finite_logits()(ids, forbidden), forbidden)
+    for value in (math.nan, math.inf):
+        with pytest.raises(InputError, match=rf"generation: 1 of 3 {NOT_FINITE}"):
+            finite_logits()(ids, torch.tensor([[0.5, value, -math.inf]]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

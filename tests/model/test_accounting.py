@@ -324,6 +324,14 @@ def test_checkpointing_trades_activations_for_a_block() -> None:
     assert passing[0] < passing[1] < activation_bytes(small, 64).blocks
 
 
+def test_a_block_is_computed_again_when_the_loss_has_passed() -> None:
+    """A dense model's blocks are alike: what one more saves, less the loss, is held beside the rest."""
+    one, two = (ThoughtbubblesConfig(**{**SHAPE, "num_hidden_layers": n}, routing="none") for n in (4, 5))
+    block = activation_bytes(two, 64).blocks - activation_bytes(one, 64).blocks
+    again = activation_bytes(one, 64, gradient_checkpointing=True)
+    assert again.passing == block - again.loss > 0
+
+
 @pytest.mark.parametrize(
     "rules", [{"budget": 3.25}, {"routing": "random", "random_rule": "topk", "budget": 3.25}], ids=str
 )

@@ -61,6 +61,7 @@ def test_settled_means_that_zero_is_left_out() -> None:
     rng = np.random.default_rng(2)
     values = 0.5 + rng.normal(0, 0.01, (3, 20))
     assert paired_difference(values, np.zeros((3, 20))).settled
+    assert paired_difference(np.zeros((3, 20)), values).settled
     assert not paired_difference(values - 0.5, np.zeros((3, 20))).settled
 
 

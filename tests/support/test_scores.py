@@ -84,6 +84,10 @@ def test_p_is_two_sided(sign: int) -> None:
     expected = ttest_rel(ours, theirs).pvalue
     assert 0.1 < expected < 0.2
     assert found.p_value == pytest.approx(expected, abs=0.02)
+    margin = 1.96 * np.std(ours - theirs, ddof=1) / math.sqrt(400)
+    assert [found.low, found.high] == pytest.approx(
+        [found.estimate - margin, found.estimate + margin], abs=0.1 * margin
+    )
 
 
 def test_equal_scores_do_not_differ() -> None:
