@@ -22,12 +22,19 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
     "num_loops",
+    "num_key_value_heads",
+    "head_dim",
 )
 WRONG: list[tuple[tuple[str, ...], list[Any], str]] = [
     (SIZES, [0, -1, 2.0, True, "8"], "a whole number of at least 1"),
     (("hidden_size",), [760, 780], "a multiple of 2 * num_attention_heads = 24"),
     (("hidden_act",), ["gelu2", None, 1, []], "one of gelu"),
-    (("use_bias", "tie_word_embeddings"), ["yes", None, 2], "True or False"),
+    (("use_bias", "tie_word_embeddings", "qk_norm", "parallel_residual"), ["yes", None, 2], "True or False"),
+    (("attention_bias", "attention_output_bias", "mlp_bias", "use_cache"), ["yes", 1], "True, False or None"),
+    (("num_key_value_heads",), [5, 24], "a divisor of num_attention_heads = 12"),
+    (("partial_rotary_factor",), [0, 1.5, -0.5, "1", True, math.nan], "a share above 0 and at most 1"),
+    (("norm",), ["RMSNorm", None], "one of layernorm, rmsnorm"),
+    (("mlp",), ["swiglu", None], "one of plain, gated"),
     (("layer_norm_eps", "rope_theta"), [0, -1.0, "1", True, None, math.nan, math.inf], "a number above 0"),
     (("initializer_range",), [-0.1, "1", True, math.nan, math.inf], "a number of at least 0"),
     (("hidden_dropout",), [1.0, -0.1, "0", True, math.nan], "a probability in [0, 1)"),
@@ -86,6 +93,16 @@ def test_json_round_trip(tmp_path: Path, budget: Any) -> None:
         merge="root",
         tie_word_embeddings=False,
         pad_token_id=1,
+        num_key_value_heads=1,
+        head_dim=10,
+        mlp="gated",
+        norm="rmsnorm",
+        attention_bias=True,
+        attention_output_bias=False,
+        mlp_bias=True,
+        qk_norm=True,
+        parallel_residual=True,
+        partial_rotary_factor=0.5,
     )
     config.save_pretrained(tmp_path)
     again = ThoughtbubblesConfig.from_pretrained(tmp_path)
@@ -233,3 +250,87 @@ def test_fields_changed_in_loading_are_checked(tmp_path: Path, fields: dict[str,
         ThoughtbubblesConfig.from_pretrained(tmp_path, **fields)
     loaded, unused = ThoughtbubblesConfig.from_pretrained(tmp_path, budget=3, more=1, return_unused_kwargs=True)
     assert (loaded.budget, unused) == (3, {"more": 1})
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = [
+    {"rope_type": "linear", "factor": 2.0},
+    {**LLAMA3, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 20.0, "truncate": False},
+]
+
+
+def test_rotary_parameters_of_transformers_become_fields() -> None:
+    config = ThoughtbubblesConfig(
+        rope_parameters={**LLAMA3, "type": "linear", "rope_theta": 5e5, "partial_rotary_factor": 0.5, "beta_fast": None}
+    )
+    own = {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 1024}
+    assert config.rope_parameters == {**LLAMA3, **own}
+    assert (config.rope_theta, config.partial_rotary_factor) == (5e5, 0.5)
+    plain = ThoughtbubblesConfig(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    assert (plain.rope_parameters, plain.rope_theta) == (None, 100.0)
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=lambda rope: rope["rope_type"])
+def test_rotary_parameters_survive_a_round_trip_and_an_override(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    ThoughtbubblesConfig(rope_parameters={**parameters, "rope_theta": 5e5}).save_pretrained(tmp_path)
+    whole = {**parameters, "partial_rotary_factor": 1.0}
+    again = ThoughtbubblesConfig.from_pretrained(tmp_path)
+    assert (again.rope_theta, again.rope_parameters) == (5e5, {**whole, "rope_theta": 5e5})
+    other = ThoughtbubblesConfig.from_pretrained(tmp_path, rope_theta=70.0)
+    assert (other.rope_theta, other.rope_parameters) == (70.0, {**whole, "rope_theta": 70.0})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "another rope_type than 'dynamic', whose frequencies depend on the"),
+        ({"type": "longrope"}, "another rope_type than 'longrope', whose frequencies depend on the longest row"),
+        ({"rope_type": "su"}, "rope_type to be one of default, linear, llama3, yarn"),
+        ({"rope_type": ["yarn"]}, "rope_type to be one of default, linear, llama3, yarn"),
+        ({"rope_type": "linear"}, "factor too, for rope_type 'linear'"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor to be a number of at least 1"),
+        ({"rope_type": "linear", "factor": True}, "factor to be a number of at least 1"),
+        ({"rope_type": "default", "factor": 2.0}, "no 'factor' for rope_type 'default'"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate to be True or False"),
+        ({"rope_type": "yarn", "factor": 2.0, "mrope_section": [1]}, "no 'mrope_section' for rope_type 'yarn'"),
+        ({**LLAMA3, "high_freq_factor": 1.0}, "low_freq_factor below high_freq_factor"),
+        (
+            {**LLAMA3, "original_max_position_embeddings": 8.5},
+            "original_max_position_embeddings to be a whole number of at least 1",
+        ),
+        ({"rope_theta": -1}, "rope_theta to be a number above 0"),
+        (3, "a mapping such as"),
+    ],
+    ids=str,
+)
+def test_wrong_rotary_parameters(parameters: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"rope_parameters={parameters!r}: expected {expected}")):
+        ThoughtbubblesConfig(rope_parameters=parameters)
+
+
+def test_older_names_of_rotary_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rope_scaling=.*: expected rope_parameters, its name since transformers 5"):
+        ThoughtbubblesConfig(**{"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+def test_shape_of_the_heads() -> None:
+    config = ThoughtbubblesConfig(hidden_size=48, num_attention_heads=6)
+    assert (config.head_dim, config.num_key_value_heads) == (8, 6)
+    free = ThoughtbubblesConfig(hidden_size=50, num_attention_heads=6, num_key_value_heads=2, head_dim=20)
+    assert (free.head_dim, free.num_key_value_heads) == (20, 2)
+    odd = ThoughtbubblesConfig(hidden_size=50, num_attention_heads=6, head_dim=9, partial_rotary_factor=0.5)
+    assert odd.head_dim == 9
+    with pytest.raises(ValueError, match="head_dim=9: expected an even number, since all its channels turn, in pairs"):
+        ThoughtbubblesConfig(head_dim=9)
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.1: expected a share of at least 1 / 8"):
+        ThoughtbubblesConfig(head_dim=8, partial_rotary_factor=0.1)
+
+
+def test_biases_are_those_of_all_but_where_a_part_has_its_own() -> None:
+    parts = ("attention", "attention_output", "mlp")
+    for use in (True, False):
+        assert [ThoughtbubblesConfig(use_bias=use).has_bias(part) for part in parts] == [use] * 3
+        for part in parts:
+            other = ThoughtbubblesConfig(use_bias=use, **{f"{part}_bias": not use})
+            assert [other.has_bias(each) for each in parts] == [use != (each == part) for each in parts]

@@ -27,7 +27,17 @@ CODE = {
     f"{name}.py"
     for name in (
         *("configuration", "budget", "streams", "routing", "gate", "loss", "attention", "cache", "memory", "modeling"),
-        *("accounting", "blocked_attention", "controls", "sharing", "mixture", "rules", "threshold", "weights"),
+        *(
+            "accounting",
+            "blocked_attention",
+            "controls",
+            "sharing",
+            "mixture",
+            "rotary",
+            "rules",
+            "threshold",
+            "weights",
+        ),
     )
 }
 HIDE_THE_PACKAGE = """
@@ -114,7 +124,7 @@ def test_config_names_the_classes(folder: Path) -> None:
 
 def test_config_alone_is_stored_with_its_code(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
-    code = ("configuration", "budget", "controls", "memory", "routing", "rules", "streams", "threshold")
+    code = ("configuration", "budget", "controls", "memory", "rotary", "routing", "rules", "streams", "threshold")
     assert names(tmp_path) == {"config.json", *(f"{name}.py" for name in code)}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {"AutoConfig": AUTO_MAP["AutoConfig"]}
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .budget import Budget, parse_budget
+from .rotary import WITH_FIELDS, settle_rope, turning_channels
 from .routing import Rule
 from .rules import RULES
 
@@ -17,6 +18,8 @@ GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("plain", "gated")
 
 Preset = Callable[[], dict[str, Any]]
 PRESETS: dict[str, Preset] = {}
@@ -29,13 +32,26 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         vocab_size: tokens in the vocabulary (V).
         hidden_size: width of a residual stream (D).
         num_hidden_layers: number of blocks (L).
-        num_attention_heads: heads of every attention (H); the head size K = D / H must be even.
+        num_attention_heads: heads of every attention (H).
+        num_key_value_heads: heads of keys and values (G), each shared by H / G heads of queries; None is H.
+        head_dim: size of a head (K); None is D / H, which must be even then.
         intermediate_size: width of the MLP; None is 4 D.
         hidden_act: activation of the MLP, a name that transformers knows; `gelu` is the erf one.
-        use_bias: biases in the linear layers of the blocks and in every LayerNorm.
-        layer_norm_eps: added to the variance in every LayerNorm.
+        mlp: `plain`, act(up(x)), or `gated`, act(gate(x)) * up(x), before the projection down (method: The block).
+        norm: `layernorm` or `rmsnorm`, of the blocks and the last; the gates' is a LayerNorm (method: The block).
+        use_bias: biases in the linear layers of the blocks, where the next three do not say, and in every LayerNorm.
+        attention_bias: in the projection to queries, keys and values; None is `use_bias`.
+        attention_output_bias: in the projection from heads; None is `use_bias`.
+        mlp_bias: in the projections of the MLP; None is `use_bias`.
+        layer_norm_eps: added to the variance in every LayerNorm, to the mean square in every RMSNorm.
+        qk_norm: RMSNorm of each head's query and key before the rotary embedding.
+        parallel_residual: attention and MLP read the same residual, and both updates are added to it.
         hidden_dropout: dropout probability on embeddings and on every residual update.
         rope_theta: base of the rotary frequencies (method: Positions).
+        partial_rotary_factor: share of a head's channels, the first, that the rotary embedding turns.
+        rope_parameters: of scaled rotary frequencies as transformers has them, such as
+            {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, ...}; types `default`, `linear`, `llama3` and
+            `yarn`. None is `default`. Its `rope_theta` and `partial_rotary_factor` go before the two fields above.
         max_position_embeddings: the longest row in tokens, padding included; longer input is a ValueError.
         initializer_range: standard deviation of normal initialisation; output projections into the residual
             stream use initializer_range / sqrt(2 L).
@@ -76,12 +92,23 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 16
     num_attention_heads: int = 12
+    num_key_value_heads: int = None  # type: ignore[assignment]  # None is settled below
+    head_dim: int = None  # type: ignore[assignment]
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
+    mlp: str = "plain"
+    norm: str = "layernorm"
     use_bias: bool = True
+    attention_bias: bool | None = None
+    attention_output_bias: bool | None = None
+    mlp_bias: bool | None = None
     layer_norm_eps: float = 1e-5
+    qk_norm: bool = False
+    parallel_residual: bool = False
     hidden_dropout: float = 0.0
     rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    rope_parameters: dict[str, Any] | None = None
     max_position_embeddings: int = 1024
     initializer_range: float = 0.02
     fork_layers: list[int] | None = None
@@ -112,14 +139,21 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         )
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        for field, settled in (
+            ("num_key_value_heads", lambda: self.num_attention_heads),
+            ("head_dim", self._divided_width),
+        ):
+            if getattr(self, field) is None:
+                setattr(self, field, settled())
         if self.fork_layers is None:
             self.fork_layers = default_fork_layers(self.num_hidden_layers)
         if isinstance(self.budget, Fraction):
             self.budget = str(self.budget)
-        _check_integers(self, "intermediate_size")
+        _check_integers(self, "intermediate_size", "num_key_value_heads", "head_dim")
         self._check_shape()
         self._check_rules()
         self._check_numbers()
+        self._settle_positions(kwargs)
         self._check_special_tokens()
         super().__post_init__(**kwargs)
 
@@ -142,17 +176,16 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             ValueError: as the constructor.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        stored = config_dict.get("rope_parameters")
+        if isinstance(stored, dict):  # what is asked for now goes before it
+            kept = {key: value for key, value in stored.items() if key not in WITH_FIELDS or key not in fields}
+            config_dict = {**config_dict, "rope_parameters": kept}
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
     @property
     def depth(self) -> int:
         """The blocks that a token passes: `num_hidden_layers`, `num_loops` times."""
         return self.num_hidden_layers * self.num_loops
-
-    @property
-    def head_dim(self) -> int:
-        """K, the size of an attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def rule(self) -> Rule:
@@ -189,13 +222,50 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             raise _invalid("budget", given, f"at most {most}, for which there are pause vectors")
         return budget
 
-    def _check_shape(self) -> None:
+    def has_bias(self, part: str) -> bool:
+        """Whether there is a bias in `attention`, to queries, keys and values, in `attention_output` or in `mlp`."""
+        own: bool | None = getattr(self, f"{part}_bias")
+        return self.use_bias if own is None else own
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """A step of transformers' own construction; ours settles the rotary parameters."""
+        return kwargs
+
+    def _settle_positions(self, kwargs: dict[str, Any]) -> None:
+        """Check the rotary parameters; what two of them say that have fields of their own goes there."""
+        if (older := kwargs.pop("rope_scaling", None)) is not None:
+            raise _invalid("rope_scaling", older, "rope_parameters, its name since transformers 5")
+        given = self.rope_parameters
+        if given is not None:
+            try:
+                settled = settle_rope(given, self.max_position_embeddings)
+            except ValueError as error:
+                raise _invalid("rope_parameters", given, str(error)) from None
+            for field in WITH_FIELDS:
+                setattr(self, field, settled.setdefault(field, getattr(self, field)))
+            self.rope_parameters = None if settled["rope_type"] == "default" else settled
+        _check_number(self, "rope_theta", lambda v: v > 0, "a number above 0")
+        _check_number(self, "partial_rotary_factor", lambda v: 0 < v <= 1, "a share above 0 and at most 1")
+        turning = turning_channels(self)
+        if turning == 0:
+            allowed = f"a share of at least 1 / {self.head_dim}, one channel of a head (head_dim)"
+            raise _invalid("partial_rotary_factor", self.partial_rotary_factor, allowed)
+        if turning + turning % 2 > self.head_dim:
+            raise _invalid("head_dim", self.head_dim, "an even number, since all its channels turn, in pairs")
+
+    def _divided_width(self) -> int:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise _invalid(
                 "hidden_size",
                 self.hidden_size,
-                f"a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}",
+                f"a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}, or a head_dim",
             )
+        return self.hidden_size // self.num_attention_heads
+
+    def _check_shape(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            allowed = f"a divisor of num_attention_heads = {self.num_attention_heads}"
+            raise _invalid("num_key_value_heads", self.num_key_value_heads, allowed)
         layers = self.fork_layers
         allowed = f"distinct 0-based layers in ascending order, each below num_hidden_layers={self.num_hidden_layers}"
         if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
@@ -209,7 +279,6 @@ class ThoughtbubblesConfig(PreTrainedConfig):
 
     def _check_numbers(self) -> None:
         _check_number(self, "layer_norm_eps", lambda v: v > 0, "a number above 0")
-        _check_number(self, "rope_theta", lambda v: v > 0, "a number above 0")
         _check_number(self, "initializer_range", lambda v: v >= 0, "a number of at least 0")
         _check_number(self, "hidden_dropout", lambda v: 0 <= v < 1, "a probability in [0, 1)")
         if type(self.routing_seed) is not int or not 0 <= self.routing_seed < 2**32:
@@ -224,17 +293,20 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             ("fork_embedding", FORK_EMBEDDINGS),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
+            ("norm", NORMS),
+            ("mlp", MLPS),
         ):
             if getattr(self, field) not in allowed:
                 raise _invalid(field, getattr(self, field), f"one of {', '.join(allowed)}")
         _check_integers(self, "num_loops")
         if self.num_loops > 1 and not self.rule.is_dense:
             raise _invalid("num_loops", self.num_loops, f"1, since routing is {self.routing}")
-        for field in ("use_bias", "tie_word_embeddings"):
+        for field in ("use_bias", "qk_norm", "parallel_residual", "tie_word_embeddings"):
             if type(getattr(self, field)) is not bool:
                 raise _invalid(field, getattr(self, field), "True or False")
-        if self.use_cache is not None and type(self.use_cache) is not bool:
-            raise _invalid("use_cache", self.use_cache, "True, False or None")
+        for field in ("use_cache", "attention_bias", "attention_output_bias", "mlp_bias"):
+            if getattr(self, field) is not None and type(getattr(self, field)) is not bool:
+                raise _invalid(field, getattr(self, field), "True, False or None")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
 

@@ -168,6 +168,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
 
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__(config)
+        _refuse_other_blocks(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gates = nn.ModuleDict({str(layer): ForkGate(config, layer) for layer in config.gated_layers})
@@ -477,6 +478,16 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         widest = min(2**gates, width) if gates else width // streams.num_tokens
         kept = Mixture.of(streams, out.columns, keep, bool(out.merge_is_weighted), widest)
         return replace(kept, streams=kept.streams.with_residual(self.model.norm(kept.streams.residual)))
+
+
+def _refuse_other_blocks(config: ThoughtbubblesConfig) -> None:
+    built = ThoughtbubblesConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
+    for field in (
+        *("norm", "mlp", "num_key_value_heads", "head_dim", "attention_bias", "attention_output_bias", "mlp_bias"),
+        *("qk_norm", "partial_rotary_factor", "parallel_residual", "rope_parameters"),
+    ):
+        if getattr(config, field) != getattr(built, field):
+            raise NotImplementedError(f"{field}={getattr(config, field)!r}: no model is built with it yet")
 
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:
