@@ -71,6 +71,8 @@ class Loop(Session):
         self.checkpoint, self.begin, settings = checkpoint, begin, recipe.training
         self.folder = Path(settings.output) / CHECKPOINTS_NAME
         self.step = 0 if checkpoint is None else checkpoint.step
+        # Before the model takes its memory.
+        self._peak = settings.peak_flops or measured_peak(self.device, precision == "bfloat16")
         self.meter = Meter(recipe, model.config, data.samples, self.micro_batch_size)
         self.clock = Clock(self.meter.tokens(self.step), self.meter.flops(self.step))
         self.adapted = None if settings.lora is None else add_adapters(model, settings.lora)
@@ -211,7 +213,6 @@ class Loop(Session):
         loss = reduce(self._loss_sum, "mean").item() / (step - self._last_logged)
         self._loss_sum, self._last_logged = torch.zeros_like(self._loss_sum), step
         tokens, flops = self.clock.rates(self.meter.tokens(step), self.meter.flops(step))
-        peak = self.recipe.training.peak_flops or measured_peak(self.device, self.precision == "bfloat16")
         figures = {
             "loss": loss,
             "perplexity": math.exp(min(loss, MOST_NATS)),
@@ -219,7 +220,7 @@ class Loop(Session):
             "learning_rate": self.recipe.training.learning_rate * rate_of_step(self.recipe.training, step),
             **self._fork_figures,
             "tokens_per_second": tokens,
-            "mfu": flops / peak / self.state.num_processes,
+            "mfu": flops / self._peak / self.state.num_processes,
             "peak_memory": peak_memory(self.device),
         }
         self._write_row(figures)
