@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,7 +85,8 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples = []
     for prompt, answer, _ in ROWS:
         tokens = [0, *encode(prompt), *encode(answer), 0]
-        examples.append(Example(torch.tensor(tokens, dtype=torch.int32).numpy(), 1 + len(encode(prompt))))
+        taught = np.arange(len(tokens)) > len(encode(prompt))
+        examples.append(Example(np.array(tokens, dtype=np.int32), taught))
     batch = collate_examples(examples, pad=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(400):
