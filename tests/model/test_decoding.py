@@ -191,15 +191,34 @@ def test_the_configuration_decides_where_the_caller_does_not() -> None:
     model.eval()
     model.config.use_cache = False
     assert model(ids).cache is None
+
+
+def columns_of_passes(model: Any, ids: Tensor, **arguments: Any) -> list[int]:
     passes: list[int] = []
-    model.model.register_forward_pre_hook(
+    seen = model.model.register_forward_pre_hook(
         lambda _, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    write(model, ids, max_new_tokens=3)
-    assert passes == [9, 10, 11]
-    passes.clear()
-    write(model, ids, max_new_tokens=3, use_cache=True)
-    assert passes == [9, 1, 1]
+    write(model, ids, max_new_tokens=3, **arguments)
+    seen.remove()
+    return passes
+
+
+def test_a_model_that_is_built_without_a_cache_generates_without_one(tmp_path: Path) -> None:
+    model, ids = short_model(use_cache=False), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    for each in (model, ThoughtbubblesForCausalLM.from_pretrained(tmp_path)):
+        assert columns_of_passes(each, ids) == [9, 10, 11]
+        assert columns_of_passes(each, ids, use_cache=True) == [9, 1, 1]
+
+
+def test_training_by_transformers_leaves_generation_its_cache(tmp_path: Path) -> None:
+    """Its Trainer turns `config.use_cache` off, and saves that."""
+    model, ids = short_model(), random_ids(1, 9)
+    Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)).save_model()
+    assert model.config.use_cache is False
+    for each in (model, ThoughtbubblesForCausalLM.from_pretrained(tmp_path)):
+        assert columns_of_passes(each, ids) == [9, 1, 1]
+        assert write(each, ids, max_new_tokens=3, prompt_lookup_num_tokens=2).shape == (1, 12)
 
 
 def test_a_configuration_keeps_what_it_says_of_caches(tmp_path: Path) -> None:

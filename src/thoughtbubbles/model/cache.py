@@ -256,15 +256,9 @@ class StreamGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Follow `config.use_cache`, and refuse what transformers would not do.
-
-        From embeddings it decodes with a cache, whatever it is told.
-        """
-        given = kwargs.get("use_cache", getattr(generation_config or self.generation_config, "use_cache", None))
+        """Refuse what transformers would not do: from embeddings it decodes with a cache, whatever it is told."""
         # transformers types `self` as a model that also generates.
         settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
-        if given is None and self.config.use_cache is False:
-            settings.use_cache = False
         from_embeddings = model_kwargs.get("inputs_embeds") is not None
         if from_embeddings and settings.use_cache is False and self.config.leaks:
             raise ValueError(
