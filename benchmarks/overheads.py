@@ -26,9 +26,10 @@ from thoughtbubbles.support.files import json_text
 from thoughtbubbles.support.machine import describe_machine, device_type
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.sampling import spread
+from thoughtbubbles.training.configuration import build_config
 from thoughtbubbles.training.folder import METRICS_NAME
 from thoughtbubbles.training.loop import Loop
-from thoughtbubbles.training.run import build_config, build_loop, build_model
+from thoughtbubbles.training.run import build_loop, build_model
 from thoughtbubbles.training.validation import measure
 
 RECIPE = """

@@ -26,7 +26,8 @@ from thoughtbubbles.support.plots import plot_bubbles, plot_losses
 from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.support.statistics import Estimate, paired_difference
 from thoughtbubbles.support.text import token_pieces
-from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import train
 
 RECIPES = {"dense": Path("recipes/demo-dense.yaml"), "Thoughtbubbles": Path("recipes/demo.yaml")}
 OUTPUT = Path("runs/demo")

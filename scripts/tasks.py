@@ -23,7 +23,8 @@ from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.statistics import Estimate, paired_difference
 from thoughtbubbles.support.tables import Table
-from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import train
 
 BUDGETS = ["1", "1.5", "2"]
 MAX_DIFFICULTY = 4

@@ -23,8 +23,7 @@ from gpu_parts.report import Report
 from thoughtbubbles.comparison.measuring import MEASUREMENTS_NAME
 from thoughtbubbles.recipes.training import read_sections
 from thoughtbubbles.support.files import replacing, write_text
-from thoughtbubbles.training.folder import RECIPE_NAME, RUN_NAME
-from thoughtbubbles.training.run import RunSummary
+from thoughtbubbles.training.folder import RECIPE_NAME, RUN_NAME, RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "compare" / "books-gpu.yaml"

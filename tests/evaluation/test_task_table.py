@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_readme import ROOT
-from thoughtbubbles.training.run import RunSummary
+from thoughtbubbles.training.folder import RunSummary
 
 
 def finished(run: Path, right: dict[str, list[bool]], flops: int) -> None:

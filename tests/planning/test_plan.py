@@ -17,8 +17,8 @@ from thoughtbubbles.model.accounting import SHARDINGS, cache_bytes, count_parame
 from thoughtbubbles.planning.plan import Plan, make_plan, parse_bytes
 from thoughtbubbles.planning.table import closing_lines, costs_table, title
 from thoughtbubbles.support.errors import InputError
+from thoughtbubbles.training.folder import RunSummary
 from thoughtbubbles.training.meter import Meter
-from thoughtbubbles.training.run import RunSummary
 
 
 def text_of(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from thoughtbubbles.recipes.training import (
     differences,
     load_recipe,
 )
-from thoughtbubbles.training.run import build_config
+from thoughtbubbles.training.configuration import build_config
 
 MINIMAL = "data: {path: d}\ntraining: {output: o, steps: 5}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -17,7 +17,8 @@ from thoughtbubbles.data.feed.blocks import collate_blocks
 from thoughtbubbles.data.feed.rundata import RunData, Validation
 from thoughtbubbles.recipes.training import load_recipe
 from thoughtbubbles.support.metrics import read_metrics
-from thoughtbubbles.training.run import build_config, build_loop, build_model
+from thoughtbubbles.training.configuration import build_config
+from thoughtbubbles.training.run import build_loop, build_model
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 VOCABULARY, BLOCK, BATCH, STEPS = 64, 24, 4, 100

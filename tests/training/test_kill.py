@@ -13,7 +13,8 @@ from tests.training.test_run import comparable
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.training.checkpoints import PREFIX
-from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import train
 
 OVERRIDES = ("training.save_every=1", "training.eval_every=2", "training.log_every=3")
 

@@ -15,7 +15,8 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.support.errors import RunError
 from thoughtbubbles.support.machine import measured_peak
 from thoughtbubbles.training.checkpoints import sealed
-from thoughtbubbles.training.run import build_config, build_loop, build_model, train
+from thoughtbubbles.training.configuration import build_config
+from thoughtbubbles.training.run import build_loop, build_model, train
 from thoughtbubbles.training.session import Callback, Session
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")

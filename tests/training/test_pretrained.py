@@ -14,7 +14,8 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.recipes.training import Recipe, parse_recipe
 from thoughtbubbles.support.errors import InputError
-from thoughtbubbles.training.run import build_config, build_model, train
+from thoughtbubbles.training.configuration import build_config
+from thoughtbubbles.training.run import build_model, train
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.model.accounting import SHARDINGS
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import PREFIX
-from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import train
 
 # Quicker than a compiler of code.
 GRAPHS_ALONE = """

@@ -32,10 +32,12 @@ from thoughtbubbles.support.errors import InputError, RunError, RunInterrupted
 from thoughtbubbles.support.files import sole_user
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import Checkpoint, sealed
+from thoughtbubbles.training.configuration import build_config
+from thoughtbubbles.training.folder import RunSummary
 from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.meter import budget_of_step
 from thoughtbubbles.training.optimizer import rate_of_step
-from thoughtbubbles.training.run import RunSummary, build_config, build_loop, build_model, train
+from thoughtbubbles.training.run import build_loop, build_model, train
 from thoughtbubbles.training.session import Callback, Session
 
 MEASURED = ("tokens_per_second", "mfu", "peak_memory")

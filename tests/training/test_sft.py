@@ -26,7 +26,9 @@ from thoughtbubbles.recipes.training import Recipe, RecipeError, load_recipe
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.text import record_start
-from thoughtbubbles.training.run import RunSummary, build_config, build_model, train
+from thoughtbubbles.training.configuration import build_config
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import build_model, train
 
 RECIPE = """
 task: sft

@@ -24,8 +24,9 @@ from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training import checkpoints, memory
 from thoughtbubbles.training import run as run_module
 from thoughtbubbles.training.checkpoints import sealed
+from thoughtbubbles.training.configuration import build_config
 from thoughtbubbles.training.folder import read_facts
-from thoughtbubbles.training.run import build_config, build_model, decide_precision, train
+from thoughtbubbles.training.run import build_model, decide_precision, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HIDDEN = ("model.hidden_size=100000000", "model.num_attention_heads=50000000")

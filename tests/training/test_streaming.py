@@ -21,7 +21,8 @@ from thoughtbubbles.recipes.training import Recipe, RecipeError, StreamSection, 
 from thoughtbubbles.support.errors import InputError, RunError
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.training.checkpoints import damage, sealed
-from thoughtbubbles.training.run import RunSummary, train
+from thoughtbubbles.training.folder import RunSummary
+from thoughtbubbles.training.run import train
 from thoughtbubbles.training.session import Callback, Session
 
 # Windows of 2 blocks for each of 4 lanes: a run goes through several.

@@ -11,8 +11,7 @@ from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.recipes.comparison import Comparison
 from thoughtbubbles.support.errors import InputError, RunError, one_line
 from thoughtbubbles.support.files import LOCK_NAME, claimed
-from thoughtbubbles.training.folder import RECIPE_NAME, SUMMARY_NAME, check_same_run
-from thoughtbubbles.training.run import RunSummary
+from thoughtbubbles.training.folder import RECIPE_NAME, SUMMARY_NAME, RunSummary, check_same_run
 
 __all__ = ["carry_out"]
 

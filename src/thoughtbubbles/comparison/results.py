@@ -18,8 +18,7 @@ from thoughtbubbles.model.budget import budget_text
 from thoughtbubbles.model.rules import RULES
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.statistics import Estimate, estimate, paired_difference, spread_of
-from thoughtbubbles.training.folder import METRICS_NAME, read_facts
-from thoughtbubbles.training.run import RunSummary
+from thoughtbubbles.training.folder import METRICS_NAME, RunSummary, read_facts
 
 __all__ = ["build_report"]
 

@@ -15,10 +15,10 @@ from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.comparison import Comparison, variant_sections
 from thoughtbubbles.recipes.training import Precision, Recipe, RecipeError, lay_over, load_recipe, parse_recipe
 from thoughtbubbles.recipes.variants import Variant
+from thoughtbubbles.training.configuration import build_config
 from thoughtbubbles.training.folder import RECIPE_NAME, read_facts
 from thoughtbubbles.training.memory import check_weights
 from thoughtbubbles.training.meter import Meter
-from thoughtbubbles.training.run import build_config
 
 __all__ = ["RunPlanner"]
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from thoughtbubbles.data.feed.rundata import RunData
 from thoughtbubbles.recipes.training import Recipe, RecipeError, differences, load_recipe
 from thoughtbubbles.support.errors import InputError, os_reason
-from thoughtbubbles.support.files import LOCK_NAME, claimed, damaged, partial_path, read_record, write_text
+from thoughtbubbles.support.files import LOCK_NAME, claimed, damaged, partial_path, read_as, read_record, write_text
 from thoughtbubbles.support.machine import describe_machine
 from thoughtbubbles.training.checkpoints import clear_leavings
 
@@ -27,6 +28,50 @@ LIBRARIES = ("accelerate", "datasets", "numpy")
 FREE = ("output", "sharding", "micro_batch_size", "gradient_checkpointing", "peak_flops", "report_to")
 # Of a run that was killed before it had begun.
 LEAVINGS = (LOCK_NAME, *(partial_path(Path(name)).name for name in (RUN_NAME, RECIPE_NAME)))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run came to; summary.json in its folder.
+
+    Attributes:
+        parameters: of the model, a tied embedding counted once.
+        steps: optimizer steps.
+        tokens: seen in training.
+        training_flops: by `thoughtbubbles.model.accounting`.
+        tokens_per_second: in training, evaluations and checkpoints left out, since the last start.
+        eval_loss: nats per token, one forward a row, over all validation rows or as many as the recipe says.
+        eval_perplexity: exp of it.
+        eval_losses: of each corpus and at each further budget, named as in metrics.jsonl.
+        eval_leaks: whether these losses are not the likelihood of a left-to-right model (routing `topk`).
+        routing: of the model.
+        budget: of the model.
+    """
+
+    parameters: int
+    steps: int
+    tokens: int
+    training_flops: int
+    tokens_per_second: float
+    eval_loss: float
+    eval_perplexity: float
+    eval_losses: dict[str, float]
+    eval_leaks: bool
+    routing: str
+    budget: str
+
+    def write(self, folder: Path) -> None:
+        """Write summary.json, whole or not at all."""
+        write_text(folder / SUMMARY_NAME, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunSummary":
+        """Read the summary of a finished run.
+
+        Raises:
+            InputError: if it is not as it was written; removed, it is made again by the next start.
+        """
+        return read_as(cls, folder / SUMMARY_NAME)
 
 
 @contextmanager

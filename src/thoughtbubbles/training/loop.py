@@ -37,7 +37,8 @@ from thoughtbubbles.training.checkpoints import (
     seal,
 )
 from thoughtbubbles.training.folder import CHECKPOINTS_NAME, DIVERGED_NAME
-from thoughtbubbles.training.meter import Clock, ForkStatistics, Meter, peak_memory, training_budget
+from thoughtbubbles.training.forks import ForkStatistics
+from thoughtbubbles.training.meter import Clock, Meter, peak_memory, training_budget
 from thoughtbubbles.training.optimizer import add_adapters, build_optimizer, freeze, rate_of_step
 from thoughtbubbles.training.session import Callback, Session
 from thoughtbubbles.training.sharding import compile_model, divide, whole

@@ -1,9 +1,7 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,80 +13,35 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.feed.rundata import RunData, check_batch
 from thoughtbubbles.model.accounting import count_parameters
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
-from thoughtbubbles.model.loading import check_tokenizer
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.routing import LEAK
 from thoughtbubbles.model.sharing import write_model_card
 from thoughtbubbles.model.weights import list_names
-from thoughtbubbles.recipes.training import Recipe, RecipeError, check_rows, model_config
+from thoughtbubbles.recipes.training import Recipe, RecipeError
 from thoughtbubbles.support.errors import RunError, is_disk_full, is_out_of_memory, one_line
-from thoughtbubbles.support.files import partial_path, read_as, replacing, write_text
+from thoughtbubbles.support.files import partial_path, replacing
 from thoughtbubbles.support.machine import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
 from thoughtbubbles.support.signals import StopRequest, stop_on_signals
-from thoughtbubbles.support.text import document_ends, start_document
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, Trackers
 from thoughtbubbles.training.checkpoints import Checkpoint, disk_full, last_checkpoint, newest_sound
+from thoughtbubbles.training.configuration import build_config
 from thoughtbubbles.training.folder import (
     CHECKPOINTS_NAME,
     METRICS_NAME,
     RECIPE_NAME,
     SUMMARY_NAME,
+    RunSummary,
     opened,
     read_facts,
 )
 from thoughtbubbles.training.loop import Loop
 from thoughtbubbles.training.memory import TrainingMemory
-from thoughtbubbles.training.meter import rising_budgets
 from thoughtbubbles.training.session import Callback
 from thoughtbubbles.training.states import carry_moments, whole_weights
 
 __all__ = ["train"]
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run came to; summary.json in its folder.
-
-    Attributes:
-        parameters: of the model, a tied embedding counted once.
-        steps: optimizer steps.
-        tokens: seen in training.
-        training_flops: by `thoughtbubbles.model.accounting`.
-        tokens_per_second: in training, evaluations and checkpoints left out, since the last start.
-        eval_loss: nats per token, one forward a row, over all validation rows or as many as the recipe says.
-        eval_perplexity: exp of it.
-        eval_losses: of each corpus and at each further budget, named as in metrics.jsonl.
-        eval_leaks: whether these losses are not the likelihood of a left-to-right model (routing `topk`).
-        routing: of the model.
-        budget: of the model.
-    """
-
-    parameters: int
-    steps: int
-    tokens: int
-    training_flops: int
-    tokens_per_second: float
-    eval_loss: float
-    eval_perplexity: float
-    eval_losses: dict[str, float]
-    eval_leaks: bool
-    routing: str
-    budget: str
-
-    def write(self, folder: Path) -> None:
-        """Write summary.json, whole or not at all."""
-        write_text(folder / SUMMARY_NAME, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "RunSummary":
-        """Read the summary of a finished run.
-
-        Raises:
-            InputError: if it is not as it was written; removed, it is made again by the next start.
-        """
-        return read_as(cls, folder / SUMMARY_NAME)
 
 
 def train(
@@ -215,43 +168,6 @@ def _failures_said(output: Path, memory: TrainingMemory) -> Iterator[None]:
         if is_out_of_memory(error):
             raise memory.exceeded() from error
         raise
-
-
-def build_config(recipe: Recipe, data: RunData) -> ThoughtbubblesConfig:
-    """The model's configuration, completed from its data, and the data's tokenizer from it, so that both can be saved.
-
-    Raises:
-        InputError: for a bad model field, a vocabulary smaller than the data's, a row of data longer than the
-            longest of the model, or a budget of the recipe that the model cannot have.
-    """
-    tokenizer = data.tokenizer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    start, ends = start_document(tokenizer), document_ends(tokenizer)
-    if data.answer_end is not None:
-        ends = [*ends, data.answer_end]
-    ids = {
-        "bos_token_id": start[-1] if start else None,
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = model_config(recipe, {"vocab_size": data.vocab_size, **ids}, data.longest)
-    for name, token in ids.items():
-        if getattr(config, name) is None or (name == "eos_token_id" and data.answer_end is not None):
-            setattr(config, name, token)
-    if (pretrained := recipe.model.get("pretrained")) is not None:
-        check_tokenizer(pretrained, tokenizer, data.source)
-    check_rows(config, data.vocab_size, data.longest, data.source)
-    budgets = {field: getattr(recipe.training, field) or [] for field in ("training_budgets", "eval_budgets")}
-    if recipe.training.budget_ramp:
-        budgets["budget_ramp"] = [str(each) for each in rising_budgets(config.budget)]
-    for field, values in budgets.items():
-        for budget in dict.fromkeys(values):
-            try:
-                config.exact_budget(budget)
-            except ValueError as error:
-                raise RecipeError(f"training.{field}: {error}") from None
-    return config
 
 
 def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = False) -> ThoughtbubblesForCausalLM:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+if TYPE_CHECKING:
+    from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
 
-def divide(model: ThoughtbubblesForCausalLM, processes: int, device: str, bfloat16: bool) -> None:
+def divide(model: "ThoughtbubblesForCausalLM", processes: int, device: str, bfloat16: bool) -> None:
     """Leave this process its share of every parameter, in place.
 
     A group for each block, gathered while the block is at work, and one for the rest, gathered for the whole step. The
@@ -53,7 +54,7 @@ LRU_CACHE_WARNING = "Dynamo detected a call to a `functools.lru_cache`-wrapped f
 
 
 def compile_model(
-    model: ThoughtbubblesForCausalLM, pieces: str, backend: str | Callable[..., Any] = "inductor"
+    model: "ThoughtbubblesForCausalLM", pieces: str, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Compile what the model's forward does, in place: shapes are static, each budget has graphs of its own.
 
