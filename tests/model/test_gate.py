@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import randomise, tiny_config
+from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.gate import ForkGate, pack_left
 from thoughtbubbles.model.streams import Streams
 
 ALL = Fraction(8)  # a budget that lets every candidate survive
 
 
-def random_gate(seed: int = 0, **rules: str) -> ForkGate:
+def random_gate(seed: int = 0, **rules: Any) -> ForkGate:
     gate = ForkGate(tiny_config(**rules))
     randomise(gate, seed)
     return gate
@@ -68,6 +70,28 @@ def test_the_score_of_a_root_is_multiplied_by_its_keep_score() -> None:
     out = gate(streams, Fraction(1))
     assert torch.equal(out.log_score[0], gate.candidate_scores(streams)[0, 1::2])
     assert (out.log_score[0] < 0).all()
+
+
+@pytest.mark.parametrize("start", [0.02, 0.5, 0.9])
+def test_a_new_gate_gives_a_fork_about_its_start(start: float) -> None:
+    model = ThoughtbubblesForCausalLM(tiny_config(gate_start=start, initializer_range=1e-4))
+    gate = model.model.gates["1"]
+    fork, keep = gate.candidate_scores(entering())[0].view(-1, 2).exp().unbind(-1)
+    assert torch.allclose(fork, torch.full_like(fork, start), atol=2e-3)
+    assert torch.allclose(keep, torch.full_like(keep, 0.5), atol=2e-3)
+
+
+def test_the_start_of_a_gate_is_learned() -> None:
+    gate, streams = random_gate(gate_start=0.02), entering()
+    plain = random_gate()
+    plain.load_state_dict({name: tensor for name, tensor in gate.state_dict().items() if name != "fork_bias"})
+    before = plain.projection(plain.norm(streams.residual))[..., 0]
+    scores = gate.candidate_scores(streams)
+    assert torch.allclose(scores[:, ::2], F.logsigmoid(before + gate.fork_bias), atol=1e-6)
+    assert torch.equal(scores[:, 1::2], plain.candidate_scores(streams)[:, 1::2])
+    scores.sum().backward()
+    assert gate.fork_bias.grad.abs() > 0
+    assert random_gate(gate_start=0.02, gate_scores="fixed").fork_bias is None
 
 
 def test_a_relative_embedding_grows_with_the_residual() -> None:

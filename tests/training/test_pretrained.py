@@ -42,8 +42,9 @@ def start(recipe: Recipe, progress: bool = False) -> ThoughtbubblesForCausalLM:
         ({"routing": "threshold"}, {"model.gates.1.histogram.", "model.gates.2.histogram."}, set()),
         ({"gate_scores": "fixed"}, set(), {"model.gates.1.norm.", "model.gates.2.projection."}),
         ({"gate_scores": "forks"}, set(), set()),
+        ({"gate_start": 0.02}, {"model.gates.1.fork_bias", "model.gates.2.fork_bias"}, set()),
     ],
-    ids=["fork_layers", "none", "threshold", "fixed", "forks"],
+    ids=["fork_layers", "none", "threshold", "fixed", "forks", "start"],
 )
 def test_gates_that_the_recipe_changes_begin_anew(
     model: Path,

@@ -71,6 +71,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         copy_layer: 0-based index of the layer at whose input `copy` makes its streams. Without effect otherwise.
         gate_scores: `learned`; `forks`: as learned, but keeping a root costs nothing, so that no root is ever
             attenuated; or the control `fixed`: every gate scores one half, whatever the stream (method: Gate).
+        gate_start: the score in (0, 1) that a new gate gives to a fork, by a learned bias, such as 0.02 where a model
+            learned without forks; None is no bias. Without effect where gate_scores is `fixed` (method: Gate).
         fork_embedding: `absolute`, or `relative`: scaled by the root mean square of the residual that it is added to,
             and drawn large, so that a fork is no copy of its source (method: Gate).
         attenuation: `paper`, `released` or `none` (method: Attenuation).
@@ -80,6 +82,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         bos_token_id, eos_token_id, pad_token_id: token ids of the vocabulary, or None. eos_token_id may be several.
             A pad_token_id of -1, which some configurations write for none, becomes None.
         use_cache: what `forward` and `generate` do where they are not told; None is no and yes.
+        dense_config: the configuration of the dense model that this one was made of, written by `retrofit` and read by
+            `to_dense`; None for others.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -119,6 +123,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     routing_seed: int = 0
     copy_layer: int = 0
     gate_scores: str = "learned"
+    gate_start: float | None = None
     fork_embedding: str = "absolute"
     attenuation: str = "paper"
     merge: str = "residual"
@@ -127,6 +132,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     use_cache: bool | None = None
+    dense_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_integers(
@@ -281,6 +287,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         _check_number(self, "layer_norm_eps", lambda v: v > 0, "a number above 0")
         _check_number(self, "initializer_range", lambda v: v >= 0, "a number of at least 0")
         _check_number(self, "hidden_dropout", lambda v: 0 <= v < 1, "a probability in [0, 1)")
+        if self.gate_start is not None:
+            _check_number(self, "gate_start", lambda v: 0 < v < 1, "None or a score above 0 and below 1")
         if type(self.routing_seed) is not int or not 0 <= self.routing_seed < 2**32:
             raise _invalid("routing_seed", self.routing_seed, "a whole number from 0 to 2^32 - 1")
         self.exact_budget()
@@ -307,6 +315,9 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         for field in ("use_cache", "attention_bias", "attention_output_bias", "mlp_bias"):
             if getattr(self, field) is not None and type(getattr(self, field)) is not bool:
                 raise _invalid(field, getattr(self, field), "True, False or None")
+        described = self.dense_config
+        if described is not None and not (isinstance(described, dict) and "model_type" in described):
+            raise _invalid("dense_config", described, "None, or a configuration with its model_type")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, f"one of {', '.join(sorted(ACT2FN))}")
 

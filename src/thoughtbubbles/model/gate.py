@@ -29,13 +29,21 @@ class ForkGate(nn.Module):
         if self.gate_scores != "fixed":
             self.norm = WideLayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
             self.projection = WideLinear(config.hidden_size, 2, bias=False)
+        self.start = None if self.gate_scores == "fixed" else config.gate_start
+        # Of one dimension, since FSDP shards none of none.
+        self.fork_bias = None if self.start is None else nn.Parameter(torch.empty(1))
         self.is_relative = config.fork_embedding == "relative"
         self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.reset_embedding()
 
     @torch.no_grad()
     def reset_embedding(self) -> None:
-        """Draw the fork embedding: as the release does, or half as large as the residual that it is added to."""
+        """Draw the fork embedding, as the release does or half as large as the residual that it is added to.
+
+        The bias of the fork begins where a stream that the projection says nothing of has the configured start.
+        """
+        if self.fork_bias is not None and self.start is not None:
+            init.constant_(self.fork_bias, math.log(self.start) - math.log1p(-self.start))
         if self.is_relative:
             init.normal_(self.fork_embedding, std=0.5)
         else:
@@ -74,7 +82,10 @@ class ForkGate(nn.Module):
         if self.gate_scores == "fixed":
             return streams.log_score.repeat_interleave(2, dim=1) - math.log(2)
         with torch.autocast(streams.residual.device.type, enabled=False):
-            gates = F.logsigmoid(self.projection(self.norm(streams.residual))).clamp(min=MIN_LOG_SIGMOID)
+            logits = self.projection(self.norm(streams.residual))
+            if self.fork_bias is not None:
+                logits = logits + F.pad(self.fork_bias.to(logits.dtype), (0, 1))
+            gates = F.logsigmoid(logits).clamp(min=MIN_LOG_SIGMOID)
         if self.gate_scores == "forks":
             fork, keep = gates.unbind(-1)
             gates = torch.stack([fork, keep.masked_fill(streams.is_root, 0)], dim=-1)
