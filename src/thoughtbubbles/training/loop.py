@@ -81,7 +81,7 @@ class Loop(Session):
         self.forks = ForkStatistics(model)
         self._wrapped = self._place()
         self.optimizer = build_optimizer(model, settings)
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._loss_sum, self._last_logged = torch.zeros((), device=self.device), self.step
         self._diverged = torch.zeros(3, device=self.device)  # step, loss and gradient norm of the first bad one
         self._targets = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -181,7 +181,7 @@ class Loop(Session):
                 self.forks.watch()
             losses.append(loss.detach())
         self._fork_figures = self.forks.summary() if logged else {}
-        self._norm = whole(nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm))
+        self._norm = whole(nn.utils.clip_grad_norm_(self._trained, settings.max_grad_norm))
         self._update(step, torch.stack(losses).sum())
 
     def _count_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
