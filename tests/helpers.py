@@ -27,7 +27,7 @@ VOCAB = 19
 MARGIN = 1e-5  # two scores closer than this may lie on either side of a line of the routers' grid
 FLOAT32_FLOOR = 2**-22 / 1e-3  # an error of 1e-3 of such a gradient is two roundings of the largest gradient
 Case = dict[str, Any]
-of_whole_models = settings(max_examples=settings.default.max_examples * 2 // 5)
+of_whole_models = settings(max_examples=settings.default.max_examples // 2)
 """Fewer examples of a property than others have: each is a model's work."""
 
 

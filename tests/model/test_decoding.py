@@ -228,8 +228,10 @@ def test_a_configuration_keeps_what_it_says_of_caches(tmp_path: Path) -> None:
     assert ThoughtbubblesForCausalLM.from_pretrained(tmp_path).config.use_cache is False
 
 
-@pytest.mark.parametrize("leave", [1, 2, 3, 4])
-@pytest.mark.parametrize("routing", ["causal", "threshold", "none", "copy"])
+@pytest.mark.parametrize(
+    ("routing", "leave"),
+    [*(("causal", leave) for leave in (1, 2, 3, 4)), ("threshold", 2), ("none", 1), ("copy", 3)],
+)
 def test_an_early_exit_assists(routing: str, leave: int) -> None:
     model, ids = short_model(routing=routing, budget=2), random_ids(1, 7)
     assert torch.equal(write(model, ids, assistant_early_exit=leave), write(model, ids))

@@ -87,10 +87,10 @@ def rows_that_leave(model: Model, ways: list[Way], tolerance: float) -> dict[str
         ({"fork_layers": [1, 2, 3]}, [*RECOMPUTING, *CACHING]),
         ({"fork_layers": [0, 2]}, [*RECOMPUTING, *CACHING]),
         ({"fork_layers": [0, 1], "gate_scores": "fixed", "fork_embedding": "relative"}, CACHING),
-        ({"fork_layers": [1, 2, 3], "gate_scores": "forks"}, CACHING),
+        pytest.param({"fork_layers": [1, 2, 3], "gate_scores": "forks"}, CACHING, marks=pytest.mark.long),
         ({"fork_layers": [1, 2], "routing": "threshold"}, [padded, *CACHING]),
-        ({"fork_layers": [0, 2], "routing": "topk"}, RECOMPUTING),
-        ({"fork_layers": [0, 1], "routing": "random"}, [padded, *CACHING]),
+        pytest.param({"fork_layers": [0, 2], "routing": "topk"}, RECOMPUTING, marks=pytest.mark.long),
+        pytest.param({"fork_layers": [0, 1], "routing": "random"}, [padded, *CACHING], marks=pytest.mark.long),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -23,6 +23,7 @@ print(min(faults() for _ in range(5)))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """Of 128 MiB, 32,768 pages, or 64 where they are huge; the allocator may move a block before it settles."""

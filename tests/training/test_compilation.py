@@ -94,7 +94,8 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     assert not counters["recompile_limit"]
 
 
-@pytest.mark.parametrize("pieces", ["whole", pytest.param("blocks", marks=long)])
+@long
+@pytest.mark.parametrize("pieces", ["blocks", "whole"])
 def test_a_compiled_run_is_that_of_the_model(
     pieces: str,
     tmp_path: Path,
@@ -130,7 +131,7 @@ def test_a_compiled_run_is_that_of_the_model(
 def test_blocks_compiled_by_themselves_compute_what_the_model_does(
     rules: dict[str, Any], graphs: CompileCounterWithBackend
 ) -> None:
-    shape: dict[str, Any] = {"num_hidden_layers": 3, "fork_layers": [1, 2], "budget": 2, **rules}
+    shape: dict[str, Any] = {"num_hidden_layers": 3, "fork_layers": [1], "budget": 2, **rules}
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     compile_model(compiled, "blocks", backend=graphs)
     for step in (1, 2, 3):
