@@ -15,7 +15,6 @@ from thoughtbubbles.recipes.training import Recipe, RecipeError, differences, lo
 from thoughtbubbles.support.errors import InputError, os_reason
 from thoughtbubbles.support.files import LOCK_NAME, claimed, damaged, partial_path, read_as, read_record, write_text
 from thoughtbubbles.support.machine import describe_machine
-from thoughtbubbles.training.checkpoints import clear_leavings
 
 SUMMARY_NAME = "summary.json"
 RECIPE_NAME = "recipe.yaml"
@@ -89,6 +88,8 @@ def opened(recipe: Recipe, data: RunData, path: Path, precision: str, device: st
         InputError: for a folder that cannot be written, that holds something else, a run of another recipe or on other
             data, or one that another process is at.
     """
+    from thoughtbubbles.training.checkpoints import clear_leavings
+
     if path.exists() and not (path / RECIPE_NAME).exists() and _holds_something(path):
         raise RecipeError(f"training.output={path}: expected an empty or new folder, or that of a run to go on with")
     with claimed(path, "training.output", "run", RecipeError):
