@@ -13,6 +13,7 @@ from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.attention import rotary_angles
 from thoughtbubbles.model.gate import ForkGate, pack_left
 from thoughtbubbles.model.loss import chunked_next_token_loss, next_token_targets
+from thoughtbubbles.model.rotary import Rotary
 from thoughtbubbles.model.routing import Candidates
 from thoughtbubbles.model.streams import Streams
 
@@ -69,10 +70,10 @@ def _works(model: ThoughtbubblesForCausalLM, batch: int, length: int) -> Iterato
     for index, (block, streams) in enumerate(zip(body.layers, trail, strict=False)):
         if index in config.gated_layers:
             yield from _gate_works(body.gates[str(index)], _leaf(before), kappa)
-        angles = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
+        angles = rotary_angles(streams.positions(), body.rotary)
         if index == 0 or index in config.gated_layers:
             name = "gather" if index in config.gated_layers else "embedding"
-            yield name, _positions(streams, config.head_dim, config.rope_theta)
+            yield name, _positions(streams, body.rotary)
         yield from _block_works(block, _leaf(streams), angles, body._attenuation(streams, index))
         before = trail[index + 1]
     yield "merge", _merge(model, _leaf(before), bool(config.gated_layers))
@@ -108,8 +109,8 @@ def _gate_works(gate: ForkGate, streams: Streams, kappa: Any) -> Iterator[tuple[
     yield "gather", gather
 
 
-def _positions(streams: Streams, head_dim: int, theta: float) -> Work:
-    return lambda: rotary_angles(streams.positions(), head_dim, theta)
+def _positions(streams: Streams, rotary: Rotary) -> Work:
+    return lambda: rotary_angles(streams.positions(), rotary)
 
 
 def _block_works(block: Any, streams: Streams, angles: Any, attenuation: Any) -> Iterator[tuple[str, Work]]:

@@ -26,6 +26,7 @@ from thoughtbubbles.model.attention import attenuated_attention, rotary_angles
 from thoughtbubbles.model.budget import parse_budget
 from thoughtbubbles.model.gate import pack_left
 from thoughtbubbles.model.modeling import ThoughtbubblesBlock
+from thoughtbubbles.model.rotary import Rotary
 from thoughtbubbles.model.routing import route_causal, route_topk
 from thoughtbubbles.model.streams import Streams
 from thoughtbubbles.model.threshold import route_threshold, share_admitted
@@ -73,7 +74,7 @@ def measure(router: str, budget: Fraction, length: int, arguments: argparse.Name
     config = ThoughtbubblesConfig.preset(arguments.preset)
     block = ThoughtbubblesBlock(config).to(arguments.device)
     x = torch.randn(arguments.batch_size, width, config.hidden_size, device=arguments.device)
-    angles = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
+    angles = rotary_angles(streams.positions(), Rotary(config))
     token, alive = (each.repeat_interleave(2, dim=1) for each in (streams.token, streams.alive))
     optional = torch.stack([streams.alive, ~streams.is_root], dim=2).flatten(1)
     scores = -torch.rand(token.shape, device=arguments.device)

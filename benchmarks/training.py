@@ -145,9 +145,7 @@ class SamePositions(nn.Module):
         for block, width in zip(body.layers, self.widths, strict=True):
             if angles is None or width > x.shape[1]:
                 x = torch.cat([x, x[:, : width - x.shape[1]]], dim=1)
-                angles = rotary_angles(
-                    Streams.from_embeddings(x).positions(), body.config.head_dim, body.config.rope_theta
-                )
+                angles = rotary_angles(Streams.from_embeddings(x).positions(), body.rotary)
             x = block(x, *angles, None, None)
         targets = next_token_targets(labels, None)
         return (chunked_next_token_loss(body.norm(x[:, :length]), self.dense.lm_head.weight, targets),)

@@ -276,6 +276,14 @@ def case_id(case: Case) -> str:
     return "-".join(str(value) for value in case.values())
 
 
+LLAMA3: Case = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES: list[Case] = [
+    {"rope_type": "linear", "factor": 2.0},
+    {**LLAMA3, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 20.0, "truncate": False},
+]
+"""Rotary embeddings whose frequencies are scaled."""
+
 # The rules beside `causal` by which no logit depends on a later token.
 LEFT_TO_RIGHT: list[Case] = [
     {"routing": "threshold", "budget": 1.5},

@@ -32,6 +32,17 @@ from thoughtbubbles.model.memory import BLOCK
 from thoughtbubbles.model.rules import RULES
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "fork_layers": [1, 2]}
+LLAMA: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "mlp": "gated",
+    "hidden_act": "silu",
+    "use_bias": False,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "qk_norm": True,
+}
+NEOX: dict[str, Any] = {"parallel_residual": True, "partial_rotary_factor": 0.25, "attention_bias": False}
+"""Blocks that differ from the paper's in all that counts."""
 GATED = ("causal", "threshold", "topk", "random", "uniform")
 SPENDING = [
     *((routing, budget) for routing in (*GATED, "none") for budget in (1, 1.2, 2, 4)),
@@ -40,11 +51,23 @@ SPENDING = [
 
 
 @pytest.mark.parametrize("routing", RULES)
-@pytest.mark.parametrize("overrides", [{}, {"use_bias": False}, {"tie_word_embeddings": False}], ids=str)
-def test_parameters_are_those_of_the_model(routing: str, overrides: dict[str, bool]) -> None:
+@pytest.mark.parametrize("overrides", [{}, {"use_bias": False}, {"tie_word_embeddings": False}, LLAMA, NEOX], ids=str)
+def test_parameters_are_those_of_the_model(routing: str, overrides: dict[str, Any]) -> None:
     config = ThoughtbubblesConfig(**SHAPE, routing=routing, **overrides)
     model = ThoughtbubblesForCausalLM(config)
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mlp", ["plain", "gated"])
+@pytest.mark.parametrize("part", ["attention_bias", "attention_output_bias", "mlp_bias"])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_parameters_of_biases(use_bias: bool, part: str, mlp: str) -> None:
+    fields: dict[str, Any] = {part: not use_bias, "use_bias": use_bias, "mlp": mlp, "head_dim": 10}
+    config = ThoughtbubblesConfig(**SHAPE, num_key_value_heads=1, **fields)
+    with torch.device("meta"):
+        model = ThoughtbubblesForCausalLM(config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert parameter_counts(config).gates == sum(parameter.numel() for parameter in model.model.gates.parameters())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -95,7 +118,17 @@ FLOP_CASES = [
 
 @pytest.mark.parametrize(("routing", "budget", "merge", "length"), FLOP_CASES)
 def test_flops_are_what_torch_counts(routing: str, budget: float, merge: str, length: int) -> None:
-    config = ThoughtbubblesConfig(**SHAPE, routing=routing, budget=budget, merge=merge, attenuation="released")
+    check_flops(length, routing=routing, budget=budget, merge=merge)
+
+
+@pytest.mark.parametrize("block", [LLAMA, NEOX], ids=["llama", "neox"])
+def test_flops_of_other_blocks_are_what_torch_counts(block: dict[str, Any]) -> None:
+    check_flops(17, **block, budget=1.5)
+    check_flops(17, **block, routing="none")
+
+
+def check_flops(length: int, **fields: Any) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, attenuation="released", **fields)
     model, ids = ThoughtbubblesForCausalLM(config), torch.randint(61, (3, length))
     gates = gate_flops(config, length)
     assert counted_flops(model, ids) == 3 * (forward_flops(config, length) - gates)
@@ -178,15 +211,32 @@ def test_an_unknown_precision_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
+@pytest.mark.parametrize("block", [LLAMA, NEOX], ids=["llama", "neox"])
+def test_bytes_of_a_cache_of_other_blocks(block: dict[str, Any], attenuation: str, precision: str) -> None:
+    check_bytes(precision, **block, budget=4, attenuation=attenuation)
+
+
+def test_grouped_heads_shrink_a_cache() -> None:
+    whole, shared = (ThoughtbubblesConfig(**SHAPE, routing="none", num_key_value_heads=heads) for heads in (2, 1))
+    assert cache_bytes(whole, 100) == 4 * 100 * (2 * 2 * 16 * 4 + 8)
+    assert cache_bytes(shared, 100) == 4 * 100 * (2 * 1 * 16 * 4 + 8)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
 @pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4), ("threshold", 4)])
 def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precision: str) -> None:
+    forks = check_bytes(precision, routing=routing, budget=budget, attenuation=attenuation).forks
+    assert bool([buffer.data for memory in forks.values() for buffer in memory.buffers]) == (routing != "none")
+
+
+def check_bytes(precision: str, **fields: Any) -> StreamCache:
     """Where the budget is spent to the last stream and rows fill whole blocks of memory, exactly as many."""
-    model = decoding_model(routing=routing, budget=budget, attenuation=attenuation).to(getattr(torch, precision))
+    model = decoding_model(**fields).to(getattr(torch, precision))
     cache = StreamCache()
     model(torch.randint(61, (2, BLOCK)), cache=cache)
-    forks = [buffer.data for memory in cache.forks.values() for buffer in memory.buffers]
     assert cache.nbytes == 2 * cache_bytes(model.config, BLOCK, precision=precision, device="cpu")
-    assert bool(forks) == (routing != "none")
+    return cache
 
 
 @pytest.mark.parametrize("budget", [1, 1.5, 2.5])
@@ -239,7 +289,7 @@ def saved_bytes(config: ThoughtbubblesConfig, rows: int, length: int, precision:
     kept: weakref.WeakSet[Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Held:
-        held = Held(tensor)
+        held = Held(tensor.detach())  # an output that held its own graph would outlive it
         kept.add(held)
         return held
 
@@ -279,6 +329,12 @@ class Case:
         {"budget": 4, "merge": "probability"},
         {"budget": 1.5, "gate_scores": "fixed"},
         {"budget": 1.5, "gate_scores": "forks", "fork_embedding": "relative"},
+        {**LLAMA, "routing": "none", "budget": 1},
+        {**LLAMA, "budget": 2},
+        {**LLAMA, "budget": 1.5, "gate_scores": "fixed", "merge": "residual-normed"},
+        {**LLAMA, "qk_norm": False, "budget": 2, "merge": "probability"},
+        {**NEOX, "budget": 2},
+        {**NEOX, "budget": 2, "qk_norm": True, "attenuation": "released", "routing": "topk"},
     ],
     ids=str,
 )

@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPTNeoXConfig, LlamaConfig
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
 
-from tests.helpers import random_ids, tiny_model
-from thoughtbubbles.model.attention import attenuate, attenuated_attention, rotary_angles, rotate
+from tests.helpers import ROPES, random_ids, tiny_model
+from thoughtbubbles.model.attention import attenuate, attenuated_attention, rotary_angles, rotate, shares_keys
+from thoughtbubbles.model.configuration import ThoughtbubblesConfig
+from thoughtbubbles.model.reference import rotary_frequencies
+from thoughtbubbles.model.rotary import Rotary
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -46,10 +52,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 # --- Rotary embedding ---
 
 
+def rotary(head_dim: int, theta: float = 10000.0, **fields: Any) -> Rotary:
+    return Rotary(ThoughtbubblesConfig(head_dim=head_dim, rope_theta=theta, **fields))
+
+
 def test_rotation_pairs_channel_j_with_j_plus_half() -> None:
     positions = torch.tensor([[0.5, 3.25]], dtype=torch.float64)
     x = torch.randn(1, 1, 2, 6, dtype=torch.float64)
-    turned = rotate(x, *rotary_angles(positions, 6, 100.0))
+    turned = rotate(x, *rotary_angles(positions, rotary(6, 100.0)))
     for n, position in enumerate(positions[0].tolist()):
         for j in range(3):
             angle = position * 100.0 ** (-2 * j / 6)
@@ -62,7 +72,7 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def product(at: float, other: float) -> float:
-        angles = [rotary_angles(torch.tensor([[p]], dtype=torch.float64), 8, 10000.0) for p in (at, other)]
+        angles = [rotary_angles(torch.tensor([[p]], dtype=torch.float64), rotary(8)) for p in (at, other)]
         return (rotate(q, *angles[0]) * rotate(k, *angles[1])).sum().item()
 
     assert product(7.5, 3.25) == pytest.approx(product(104.5, 100.25), abs=1e-9)
@@ -71,10 +81,55 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 
 def test_angles_are_float32_for_a_bfloat16_model() -> None:
     positions = torch.tensor([[1000 + 1 / 3]])
-    cos, _ = rotary_angles(positions, 8, 10000.0)
+    cos, _ = rotary_angles(positions, rotary(8))
     assert cos.dtype == torch.float32
     assert cos[0, 0, 0, 0].item() == pytest.approx(math.cos(1000 + 1 / 3), abs=1e-4)
     assert rotate(torch.ones(1, 1, 1, 8, dtype=torch.bfloat16), cos, cos).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 1.0])
+def test_a_part_of_a_head_turns_as_a_gpt_neox_turns_it(share: float) -> None:
+    """Of 12 channels 40% are 4.8, of which 4 turn, and 25% are 3, which turn with a fourth."""
+    theirs: Any = GPTNeoXConfig(
+        hidden_size=24, num_attention_heads=2, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": share}
+    )
+    x, positions = torch.randn(1, 2, 7, 12), torch.arange(7)[None]
+    expected, _ = modeling_gpt_neox.apply_rotary_pos_emb(
+        x, x, *modeling_gpt_neox.GPTNeoXRotaryEmbedding(theirs)(x, positions)
+    )
+    angles = rotary_angles(positions.float(), rotary(12, 500.0, partial_rotary_factor=share))
+    assert torch.allclose(rotate(x, *angles), expected, rtol=0, atol=1e-6)
+    turned = {0.25: 4, 0.4: 4, 0.5: 6, 1.0: 12}[share]
+    assert torch.equal(rotate(x, *angles)[..., turned:], x[..., turned:])
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("meta", [False, True], ids=["", "made on the meta device"])
+def test_angles_are_those_of_transformers(rope: dict[str, Any], meta: bool) -> None:
+    """To the bit, thousands of tokens on: a last bit of a frequency is 4e-4 there."""
+    whole: Any = {**rope, "rope_theta": 5e5}
+    theirs = LlamaConfig(
+        hidden_size=768,
+        num_attention_heads=12,
+        max_position_embeddings=4096,
+        rope_parameters=whole,
+    )
+    positions = torch.arange(4000, 4096)[None]
+    cos, sin = modeling_llama.LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions)
+    with torch.device("meta" if meta else "cpu"):
+        ours = rotary(64, 5e5, rope_parameters=rope, max_position_embeddings=4096)
+    for found, expected in zip(rotary_angles(positions.float(), ours), (cos, sin), strict=True):
+        assert torch.equal(found[0, 0], expected[0, :, :32])
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_frequencies_are_those_of_the_reference(rope: dict[str, Any], share: float) -> None:
+    config = ThoughtbubblesConfig(head_dim=26, rope_theta=50.0, rope_parameters=rope, partial_rotary_factor=share)
+    expected, factor = rotary_frequencies(config)
+    found = Rotary(config).frequencies(torch.device("cpu"), torch.float64)
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    assert Rotary(config).factor == pytest.approx(factor, rel=1e-12)
 
 
 # --- Attention against the naive one ---
@@ -100,6 +155,31 @@ def test_gradients_of_attention_equal_those_of_naive_softmax(rule: str) -> None:
         assert gradient is not None
         assert leaf.grad is not None
         assert relative_error(gradient, leaf.grad) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("copying", [False, True], ids=["", "a kernel that shares no keys"])
+@pytest.mark.parametrize("rule", ["paper", "released", "none"])
+def test_heads_that_share_keys_are_heads_with_equal_keys(
+    rule: str, copying: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copying:
+        monkeypatch.setattr("thoughtbubbles.model.attention.shares_keys", lambda device, itemsize: False)
+    q, k, v = (torch.randn(2, heads, 13, 8).requires_grad_() for heads in (6, groups, groups))
+    log_score = (-3 * torch.rand(2, 13)).requires_grad_()
+    weights = torch.randn(2, 6, 13, 8)
+    out = attenuated_attention(q, k, v, None if rule == "none" else log_score, rule)
+    gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    keys, values = (x.double().repeat_interleave(6 // groups, dim=1) for x in (k, v))
+    expected = naive_attention(q.double(), keys, values, log_score.double(), rule)
+    assert torch.allclose(out.double(), expected, rtol=0, atol=1e-5)
+    for found, gradient in zip(gradients, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
+        assert relative_error(found, gradient.double()) < 1e-5
+
+
+def test_which_kernels_let_heads_share_keys() -> None:
+    kinds = [(device, itemsize) for device in ("cpu", "cuda") for itemsize in (2, 4, 8)]
+    assert [kind for kind in kinds if not shares_keys(*kind)] == [("cuda", 4), ("cuda", 8)]
 
 
 def test_no_scores_means_scores_of_zero() -> None:

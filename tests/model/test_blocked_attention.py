@@ -41,6 +41,21 @@ def test_outputs_and_gradients_equal_those_of_naive_softmax(streams: int) -> Non
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("streams", [1, 65, 130])
+def test_heads_that_share_keys_are_heads_with_equal_keys(streams: int) -> None:
+    sizes = (6, 2, 2)
+    q, k, v = (torch.randn(2, heads, streams, 8, dtype=torch.float64).requires_grad_() for heads in sizes)
+    bias = torch.randn(2, streams, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2, 6, streams, 8, dtype=torch.float64)
+    shared = blocked_attention(q, k, v, bias, 0.3)
+    apart = naive(q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1), bias, 0.3)
+    torch.testing.assert_close(shared, apart, atol=1e-12, rtol=0)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weights).sum(), (q, k, v, bias)) for out in (shared, apart)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
 @pytest.mark.parametrize("scores", [1, 4_000])
 def test_few_rows_of_the_batch_at_a_time(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = leaves(

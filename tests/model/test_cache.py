@@ -391,7 +391,9 @@ class TestBadInput:
             make()(torch.ones(2, 1, dtype=torch.int64), cache=self.cache())
 
     def test_another_model(self) -> None:
-        with pytest.raises(ValueError, match=r"model with \{'hidden_size': 32, 'intermediate_size': 128\}"):
+        with pytest.raises(
+            ValueError, match=r"model with \{'head_dim': 16, 'hidden_size': 32, 'intermediate_size': 128\}"
+        ):
             make(hidden_size=16)(torch.ones(3, 1, dtype=torch.int64), cache=self.cache())
 
     @pytest.mark.parametrize(
@@ -410,6 +412,14 @@ class TestBadInput:
             ("rope_theta", 500.0),
             ("layer_norm_eps", 1e-3),
             ("hidden_act", "relu"),
+            ("num_key_value_heads", 1),
+            ("head_dim", 10),
+            ("mlp", "gated"),
+            ("norm", "rmsnorm"),
+            ("qk_norm", True),
+            ("parallel_residual", True),
+            ("partial_rotary_factor", 0.5),
+            ("rope_parameters", {"rope_type": "linear", "factor": 2.0}),
         ],
     )
     def test_another_setting(self, field: str, other: object) -> None:

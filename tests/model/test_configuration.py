@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import LLAMA3, ROPES
 from thoughtbubbles.model.configuration import PRESETS, ThoughtbubblesConfig, default_fork_layers
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
@@ -254,14 +255,6 @@ def test_fields_changed_in_loading_are_checked(tmp_path: Path, fields: dict[str,
         ThoughtbubblesConfig.from_pretrained(tmp_path, **fields)
     loaded, unused = ThoughtbubblesConfig.from_pretrained(tmp_path, budget=3, more=1, return_unused_kwargs=True)
     assert (loaded.budget, unused) == (3, {"more": 1})
-
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPES = [
-    {"rope_type": "linear", "factor": 2.0},
-    {**LLAMA3, "original_max_position_embeddings": 64},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 20.0, "truncate": False},
-]
 
 
 def test_rotary_parameters_of_transformers_become_fields() -> None:

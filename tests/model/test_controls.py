@@ -292,7 +292,7 @@ def test_copies_are_equal_streams_at_fractional_positions() -> None:
     assert after.token.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 0, 0, 1, 1, 1, *[4] * 6]]
     assert torch.equal(after.residual, before.residual.repeat_interleave(3, dim=1))
     assert not after.log_score.any()
-    assert torch.allclose(after.positions()[1, :6], torch.tensor([1, 2, 3, 4, 5, 6]) / 3)
+    assert torch.allclose(after.positions()[1, :6], torch.tensor([-2, -1, 0, 1, 2, 3]) / 3)
     assert after.is_root[1].tolist() == [False, False, True] * 2 + [False] * 6
     assert after.origin is not None
     assert after.origin[1].tolist() == [0, 0, 1, 2, 2, 3, *[-1] * 6]

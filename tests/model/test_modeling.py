@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.helpers import (
+    ROPES,
     VOCAB,
     Case,
     all_pairs,
@@ -56,6 +57,25 @@ COPIES: dict[str, list[Any]] = {
     "fork_layers": [[1]],
     "copy_layer": [0, 2],
 }
+BLOCKS: dict[str, list[Any]] = {
+    "routing": ["causal", "none", "topk"],
+    "attenuation": ["paper", "released", "none"],
+    "merge": ["residual", "residual-normed", "probability", "root"],
+    "padding": ["none", "left", "holes"],
+    "norm": ["layernorm", "rmsnorm"],
+    "mlp": ["plain", "gated"],
+    "hidden_act": ["gelu", "silu"],
+    "num_key_value_heads": [4, 2, 1],
+    "head_dim": [4, 10],
+    "use_bias": [True, False],
+    "attention_bias": [None, True, False],
+    "attention_output_bias": [None, True, False],
+    "mlp_bias": [None, True, False],
+    "qk_norm": [False, True],
+    "parallel_residual": [False, True],
+    "partial_rotary_factor": [1.0, 0.5, 0.8],
+    "rope_parameters": [None, *ROPES],
+}
 GATED = [routing for routing in FACTORS["routing"] if routing != "none"]
 RULES = list(itertools.product(FACTORS["attenuation"], FACTORS["merge"]))
 EVERY_RULE = [pytest.param(attenuation, merge, id=f"{attenuation}-{merge}") for attenuation, merge in RULES]
@@ -79,6 +99,35 @@ def check_against_reference(case: Case, record_property: Callable[[str, object],
 @pytest.mark.parametrize("case", all_pairs(FACTORS) + all_pairs(COPIES), ids=case_id)
 def test_model_equals_the_reference(case: Case, record_property: Callable[[str, object], None]) -> None:
     check_against_reference(case, record_property)
+
+
+@pytest.mark.parametrize("case", all_pairs(BLOCKS), ids=case_id)
+def test_other_blocks_equal_the_reference(case: Case) -> None:
+    check_block_against_reference(case)
+
+
+def check_block_against_reference(case: Case) -> None:
+    """In float32 and, where no frequency is scaled, in float64: scaled ones are float32 numbers, as in transformers."""
+    fields = {name: value for name, value in case.items() if name not in ("padding", "routing")}
+    model = tiny_model(3, **routed(case["routing"]), **fields, num_attention_heads=4, num_hidden_layers=3, budget=1.5)
+    ids = random_ids(2, 7)
+    mask = padding_mask(case["padding"], *ids.shape)
+    agreement = compare_with_reference(model, ids, mask)
+    assert agreement.logits < 1e-4
+    assert agreement.loss < 1e-4
+    assert max(agreement.gradients.values()) < 1e-3, agreement.gradients
+    if case["rope_parameters"] is None:
+        model.zero_grad()
+        exact = compare_with_reference(model.double(), ids, mask)
+        assert exact.logits < 1e-9
+        assert max(exact.gradients.values()) < 1e-6, exact.gradients
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(300))
+def test_any_block_equals_the_reference(seed: int) -> None:
+    chooser = random.Random(seed)
+    check_block_against_reference({name: chooser.choice(values) for name, values in BLOCKS.items()})
 
 
 def sample_of_the_grid(size: int) -> list[Case]:
@@ -158,10 +207,11 @@ def test_comparison_notices_another_model() -> None:
     assert max(agreement.gradients.values()) > 1e-2
 
 
-def test_pairwise_cases_cover_all_pairs() -> None:
-    cases = all_pairs(FACTORS)
-    for a, b in itertools.combinations(FACTORS, 2):
-        for value, other in itertools.product(FACTORS[a], FACTORS[b]):
+@pytest.mark.parametrize("grid", [FACTORS, BLOCKS], ids=["rules", "blocks"])
+def test_pairwise_cases_cover_all_pairs(grid: dict[str, list[Any]]) -> None:
+    cases = all_pairs(grid)
+    for a, b in itertools.combinations(grid, 2):
+        for value, other in itertools.product(grid[a], grid[b]):
             assert any(case[a] == value and case[b] == other for case in cases)
 
 
@@ -177,9 +227,9 @@ def plain_transformer(parameters: dict[str, Tensor], ids: Tensor, heads: int) ->
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])
 
-    def turn(x: Tensor) -> Tensor:  # [B, T, H, K], at positions 1, 2, ...
+    def turn(x: Tensor) -> Tensor:  # [B, T, H, K], at positions 0, 1, ...
         half = x.shape[-1] // 2
-        angles = torch.arange(1, length + 1)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(half) / half)
         turned = torch.view_as_complex(torch.stack([x[..., :half], x[..., half:]], -1).contiguous())
         turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None]
         return torch.cat([turned.real, turned.imag], -1)

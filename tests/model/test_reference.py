@@ -22,6 +22,7 @@ from thoughtbubbles.model.reference import (
     _rotate,
     bubble_positions,
     reference_forward,
+    rotary_frequencies,
     route_causal,
     route_topk,
 )
@@ -41,6 +42,14 @@ class Config:
     hidden_act: str = "gelu"
     use_bias: bool = True
     layer_norm_eps: float = 1e-5
+    num_key_value_heads: int = 2
+    head_dim: int = 4
+    norm: str = "layernorm"
+    mlp: str = "plain"
+    qk_norm: bool = False
+    parallel_residual: bool = False
+    partial_rotary_factor: float = 1.0
+    rope_parameters: dict[str, Any] | None = None
     rope_theta: float = 10000.0
     fork_layers: list[int] = field(default_factory=lambda: [0, 1])
     budget: int | float | str | Fraction = 1.5
@@ -257,15 +266,52 @@ def test_topk_keeps_the_roots_and_fills_the_budget(
 
 
 def test_a_bubble_divides_the_step_before_its_root() -> None:
-    thirds = [2 + Fraction(1, 3), 2 + Fraction(2, 3), 3]
-    assert bubble_positions([0, 0, 1, 2, 2, 2]) == [Fraction(1, 2), 1, 2, *thirds]
+    thirds = [1 + Fraction(1, 3), 1 + Fraction(2, 3), 2]
+    assert bubble_positions([0, 0, 1, 2, 2, 2]) == [Fraction(-1, 2), 0, 1, *thirds]
+    assert bubble_positions([0, 0, 1], origin=1) == [Fraction(1, 2), 1, 2]
 
 
 def test_rotation_pairs_a_channel_with_the_one_half_a_head_further() -> None:
     x = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
-    # theta 100 and K = 4: frequencies 1 and 1/10; pairs (0, 2) and (1, 3).
+    # Pairs (0, 2) and (1, 3).
     expected = [math.cos(0.5), -math.sin(0.05), math.sin(0.5), math.cos(0.05)]
-    assert close(_rotate(x, Fraction(1, 2), 100.0), torch.tensor([expected], dtype=torch.float64))
+    assert close(_rotate(x, Fraction(1, 2), [1.0, 0.1]), torch.tensor([expected], dtype=torch.float64))
+    assert close(_rotate(x, Fraction(1, 2), [1.0, 0.1], 2.0), 2 * torch.tensor([expected], dtype=torch.float64))
+
+
+def test_rotation_of_a_part_leaves_the_other_channels() -> None:
+    x = torch.tensor([[1.0, 0.0, 5.0, 6.0, 7.0]], dtype=torch.float64)
+    expected = [math.cos(0.5), math.sin(0.5), 5.0, 6.0, 7.0]
+    assert close(_rotate(x, Fraction(1, 2), [1.0]), torch.tensor([expected], dtype=torch.float64))
+
+
+def test_rotary_frequencies_of_one_example_each() -> None:
+    def frequencies(**rope: Any) -> list[float]:
+        return rotary_frequencies(Config(head_dim=4, rope_theta=100.0, rope_parameters=rope or None))[0]
+
+    assert frequencies() == pytest.approx([1.0, 0.1])
+    assert frequencies(rope_type="linear", factor=4.0) == pytest.approx([0.25, 0.025])
+    # In rows of 20 pi tokens the first pair turns 10 times, the second once: half way from 0.5 to 1.5.
+    llama3 = {"low_freq_factor": 0.5, "high_freq_factor": 1.5, "original_max_position_embeddings": 20 * math.pi}
+    assert frequencies(rope_type="llama3", factor=4.0, **llama3) == pytest.approx([1.0, 0.1 * (0.5 + 0.125)])
+    # Pair 0 turns 10 times, pair 2 would turn 1 / 10 times, and pair 1 is half way.
+    yarn = {"beta_fast": 10.0, "beta_slow": 0.1, "truncate": False, "original_max_position_embeddings": 20 * math.pi}
+    assert frequencies(rope_type="yarn", factor=4.0, **yarn) == pytest.approx([1.0, 0.1 * (0.5 + 0.125)])
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, 1 + 0.1 * math.log(4)),
+        ({"attention_factor": 0.7}, 0.7),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (1 + 0.2 * math.log(4)) / (1 + 0.05 * math.log(4))),
+    ],
+    ids=str,
+)
+def test_factor_of_yarn(more: dict[str, float], expected: float) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **more}
+    assert rotary_frequencies(Config(rope_parameters=rope))[1] == pytest.approx(expected)
+    assert rotary_frequencies(Config())[1] == 1
 
 
 # --- Gate, attenuation, merge: models whose numbers can be written down ---
@@ -542,6 +588,8 @@ def test_parity_with_the_release(name: str) -> None:
         hidden_size=meta["hidden_size"],
         num_hidden_layers=meta["num_hidden_layers"],
         num_attention_heads=meta["num_attention_heads"],
+        num_key_value_heads=meta["num_attention_heads"],
+        head_dim=meta["hidden_size"] // meta["num_attention_heads"],
         intermediate_size=4 * meta["hidden_size"],
         fork_layers=meta["fork_layers"],
         budget=meta["budget"],

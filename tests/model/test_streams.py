@@ -54,13 +54,15 @@ def test_positions_of_a_bubble_are_equal_fractions_that_end_at_its_token(batch: 
     positions = build(batch).positions()
     for row, t, slots in bubbles(batch):
         for i, slot in enumerate(slots, start=1):
-            assert positions[row, slot].item() == pytest.approx(float(t + Fraction(i, len(slots))), rel=1e-15)
+            expected = float(t - 1 + Fraction(i, len(slots)))
+            assert positions[row, slot].item() == pytest.approx(expected, abs=1e-15 * (t + 1))
 
 
 def test_positions_of_one_example() -> None:
     # Tokens of ordinals 0, 1, 2 and bubbles of 1, 2 and 4 streams.
     streams = build([[1, 2, 4]], spare_tokens=0, spare_slots=0)
-    assert streams.positions().tolist() == [[1, 1.5, 2, 2.25, 2.5, 2.75, 3]]
+    assert streams.positions().tolist() == [[0, 0.5, 1, 1.25, 1.5, 1.75, 2]]
+    assert streams.positions(origin=1).tolist() == [[1, 1.5, 2, 2.25, 2.5, 2.75, 3]]
 
 
 def test_positions_of_a_late_token_are_float32_close() -> None:
@@ -68,7 +70,7 @@ def test_positions_of_a_late_token_are_float32_close() -> None:
         torch.zeros(1, 3, 1), torch.zeros(1, 3), torch.tensor([[4095] * 3]), torch.ones(1, 3, dtype=torch.bool), 4096
     )
     assert streams.positions().dtype == torch.float32
-    assert torch.allclose(streams.positions(), torch.tensor([4095 + 1 / 3, 4095 + 2 / 3, 4096]), rtol=1e-7, atol=0)
+    assert torch.allclose(streams.positions(), torch.tensor([4094 + 1 / 3, 4094 + 2 / 3, 4095]), rtol=1e-7, atol=0)
 
 
 def test_positions_in_dead_slots_are_finite() -> None:

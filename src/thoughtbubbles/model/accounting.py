@@ -1,17 +1,19 @@
 """What a configuration costs: parameters, floating-point operations, memory.
 
 Everything is computed from the static widths (method: State), so it is what a batch of any content costs: no weights,
-no device. Shape letters: T tokens, N streams, D hidden size, H heads, K head size, I size of the MLP, V vocabulary.
+no device. Shape letters: T tokens, N streams, D hidden size, H heads, G heads of keys and values, K head size, I width
+of the MLP, V vocabulary.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from .attention import attenuated_width
+from .attention import attenuated_width, shares_keys
 from .budget import Budget
 from .configuration import ThoughtbubblesConfig
 from .loss import ROWS
+from .rotary import turning_channels
 
 __all__ = [
     "activation_bytes",
@@ -143,10 +145,9 @@ def dense_twin(config: ThoughtbubblesConfig) -> ThoughtbubblesConfig:
 
 def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
     """Parameters of `ThoughtbubblesForCausalLM(config)` by part, a tied embedding counted once."""
-    hidden, inner, bias = config.hidden_size, _inner(config), int(config.use_bias)
-    norm = hidden * (1 + bias)
-    block = 2 * norm + _block_matrix(config) + bias * (5 * hidden + inner)
-    gate = hidden + (0 if config.gate_scores == "fixed" else norm + 2 * hidden)
+    hidden, norm = config.hidden_size, _norm_parameters(config)
+    block = 2 * norm + 2 * config.head_dim * config.qk_norm + _block_matrix(config) + _block_biases(config)
+    gate = hidden + (0 if config.gate_scores == "fixed" else hidden * (1 + config.use_bias) + 2 * hidden)
     pauses = (int(config.exact_budget()) - 1) * hidden if config.rule.with_vectors else 0
     return ParameterCounts(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
@@ -171,11 +172,11 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
     and layer, and are left out here. Of the fused attention for
     CPUs it counts nothing: there the plain one has to be asked for.
     """
-    hidden = config.hidden_size
+    hidden, channels = config.hidden_size, config.num_attention_heads * config.head_dim
     entering = [length, *layer_widths(config, length, budget)]
     total = 0
     for layer, width in enumerate(entering[1:]):
-        total += 2 * width * _block_matrix(config) + 4 * width * width * hidden
+        total += 2 * width * _block_matrix(config) + 4 * width * width * channels
         if layer in config.gated_layers and config.gate_scores != "fixed":
             total += 2 * entering[layer] * 2 * hidden
     decoded = entering[-1] if config.merge == "probability" else length
@@ -204,11 +205,12 @@ def decoding_flops(config: ThoughtbubblesConfig, context: int, budget: Budget | 
     A mean over tokens: with N_l the streams of layer l for a row of `context` tokens, a token has n_l = N_l / context
     of them (1 before the first fork, about kappa after the last; at most 2^F with F fork layers), and costs
 
-        sum over l of 2 n_l (4 D^2 + 2 D I) + 4 n_l N_l D [+ 4 n_(l-1) D where l has a gate] + 2 D V
+        sum over l of 2 n_l W + 4 n_l N_l H K [+ 4 n_(l-1) D where l has a gate] + 2 D V
 
-    since each of its streams sees all N_l; the last term n_L times with merge `probability`. That is a token's share of
-    a forward over the whole context, which counts the whole square of attention. Steps differ, as tokens do; it is less
-    where scores leave some of the budget unspent, and more in a batch, whose rows wait for that with the most streams.
+    with W the entries of a block's matrices, 4 D^2 + 2 D I in the paper's, since each of its streams sees all N_l; the
+    last term n_L times with merge `probability`. That is a token's share of a forward over the whole context, which
+    counts the whole square of attention. Steps differ, as tokens do; it is less where scores leave some of the budget
+    unspent, and more in a batch, whose rows wait for that with the most streams.
     """
     return forward_flops(config, context, budget) / context
 
@@ -222,7 +224,7 @@ def cache_bytes(
 ) -> int:
     """Bytes of a `StreamCache` for each row of `context` tokens (method: Cache).
 
-    A layer keeps for each of its streams keys and values, a head as wide as it enters the product, and the token's
+    A layer keeps for each of its streams G keys and values, as wide as they enter the product, and the token's
     ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
     (13 bytes), or where a threshold chooses the ordinal of each that was admitted. Memory grows in steps of
     `memory.BLOCK` entries, which may come on top; where scores leave some of the budget unspent, less is held.
@@ -237,7 +239,8 @@ def cache_bytes(
     entering = [context, *layer_widths(config, context, budget)]
     total = 0
     for layer, width in enumerate(entering[1:]):
-        total += width * (2 * _head_channels(config, layer, precision, device, cached=True) * item_bytes(precision) + 8)
+        channels = config.num_key_value_heads * _head_width(config, layer, precision, device, cached=True)
+        total += width * (2 * channels * item_bytes(precision) + 8)
         if layer in config.gated_layers:
             total += config.rule.memory.planned_bytes(2 * entering[layer] - context, width - context)
     return total
@@ -349,7 +352,8 @@ def activation_bytes(
     blocks = [width * _saved_by_block(config, layer, precision, device) for layer, width in enumerate(widths)]
     # Cosines and sines are shared by the blocks up to the next fork, except for their casts.
     turning = {0, *config.gated_layers} if precision == "float32" or gradient_checkpointing else range(len(widths))
-    angles = sum(widths[layer] * config.head_dim * WIDE for layer in turning)
+    channels = turning_channels(config) + turning_channels(config) % 2
+    angles = sum(widths[layer] * channels * WIDE for layer in turning)
     loss, passing = _saved_by_loss(config, length, widths[-1]), 0
     if gradient_checkpointing:
         # By the time that the blocks are computed again, one after the other, the loss's are gone.
@@ -363,7 +367,7 @@ def activation_bytes(
     return ActivationBytes(
         blocks=sum(blocks) + angles,
         gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
-        head=_saved_by_head(config, length, widths[-1]),
+        head=_saved_by_head(config, length, widths[-1], device),
         loss=loss,
         passing=passing,
     )
@@ -372,24 +376,47 @@ def activation_bytes(
 def _saved_by_block(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> int:
     """Bytes that autograd saves in a block for each stream, angles apart."""
     hidden, item = config.hidden_size, item_bytes(precision)
-    channels = _head_channels(config, layer, precision, device)
-    numbers = 2 * hidden  # normed, before qkv_proj and up_proj
-    numbers += 3 * channels  # rotated queries and keys, the output
-    numbers += 2 * _inner(config)  # before and after the activation
-    if device == "cpu" or channels > hidden:
-        numbers += hidden  # the output by streams, before o_proj; on GPUs the same memory, if nothing is cut off
-    wide = 2 * hidden + 4 + config.num_attention_heads  # before the norms, of them, attention's logsumexp
+    gated = config.mlp == "gated"
+    numbers = (3 if gated and item < WIDE else 2) * hidden  # normed, before qkv_proj and up_proj; each casts its own
+    numbers += (4 if gated else 2) * _inner(config)  # before and after the activation, what it gates, their product
+    wide = (1 if config.parallel_residual else 2) * hidden  # before the norms
+    wide += 2 * _saved_of_norm(config, device) + config.num_attention_heads  # of them, attention's logsumexp
     wide += _saved_of_weights(config, layer)
     if _is_scored(config, layer) and _learns_scores(config):
-        # qkv_proj's output and the attenuated values; the updates before they are weighed.
-        numbers += 3 * hidden + channels + 2 * hidden
-        wide += 1  # p of the values
-    elif _is_scored(config, layer) or _is_reserved(config):
-        numbers += channels  # the values, times what has no gradient
-        wide += 1
-    else:
-        numbers += 3 * hidden  # the values are a view of qkv_proj's output
-    return numbers * item + wide * WIDE
+        numbers += (1 if config.parallel_residual else 2) * hidden  # the updates before they are weighed
+    heads, heads_wide = _saved_by_heads(config, layer, precision, device)
+    return (numbers + heads) * item + (wide + heads_wide) * WIDE
+
+
+def _saved_by_heads(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> tuple[int, int]:
+    """Numbers that autograd saves for each stream from qkv_proj to o_proj, and those of them that are float32."""
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    width = _head_width(config, layer, precision, device)
+    scored, learned = _is_scored(config, layer), _learns_scores(config)
+    weighed = scored or _is_reserved(config)
+    copied = groups != heads and not shares_keys(device, item_bytes(precision))
+    read = heads if copied else groups  # heads of keys and values that the kernel reads
+    numbers = (2 * heads + read) * width  # rotated queries and keys, the output
+    if device == "cpu" or width > size:
+        numbers += heads * size  # the output by streams, before o_proj; on GPUs the same memory, if nothing is cut off
+    if weighed or copied:
+        numbers += read * width  # the values, times p
+    wide = int(weighed)  # p of the values
+    widens = device == "cpu" and item_bytes(precision) < WIDE  # the norm of heads, several steps there
+    if (scored and learned) or not (weighed or copied) or (config.qk_norm and not widens):
+        numbers += (heads + 2 * groups) * size  # qkv_proj's output, of which the values may be a view
+    if config.qk_norm:
+        normed = (heads + groups) * size
+        numbers += normed * (device == "cpu" or item_bytes(precision) < WIDE)  # before the gain
+        wide += heads + groups + normed * widens
+    return numbers, wide
+
+
+def _saved_of_norm(config: ThoughtbubblesConfig, device: str) -> int:
+    """Numbers that autograd saves of a norm for each vector beside its input."""
+    if config.norm == "layernorm":
+        return 2
+    return 1 + config.hidden_size * (device == "cpu")  # one kernel on a GPU, several steps on a CPU
 
 
 def _saved_of_weights(config: ThoughtbubblesConfig, layer: int) -> int:
@@ -413,19 +440,19 @@ def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int
     return before * scored * scoring * WIDE + roots + after * (8 + scored * 8 + (1 + sources) * WIDE + 1)
 
 
-def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int) -> int:
+def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, device: str) -> int:
     """Bytes that autograd saves from the last block to the loss, and the token ids."""
-    hidden, ids = config.hidden_size, 8 * length
+    hidden, ids, of_norm = config.hidden_size, 8 * length, _saved_of_norm(config, device)
     if config.merge == "probability":
-        return ids + width * (hidden + 2) * WIDE
+        return ids + width * (hidden + of_norm) * WIDE
     normed = width if config.merge == "residual-normed" else length
-    saved = ids + (hidden + 2) * normed * WIDE  # before the norm, and of it
+    saved = ids + (hidden + of_norm) * normed * WIDE  # before the norm, and of it
     if config.gated_layers or config.copied_layers:
         saved += width * (hidden * WIDE + 8)  # what is added up, and where
     if config.copied_layers:
         saved += width  # what is alive
     if config.merge == "root":
-        return saved + (width + hidden * WIDE if config.gated_layers or config.copied_layers else 0)
+        return saved + width + (hidden * WIDE if config.gated_layers or config.copied_layers else 0)
     if config.gated_layers:
         saved += width * WIDE  # the weights
     if config.gated_layers and _learns_scores(config):
@@ -443,12 +470,12 @@ def _saved_by_loss(config: ThoughtbubblesConfig, length: int, width: int) -> int
     return width * (config.hidden_size + 1) * WIDE
 
 
-def _head_channels(config: ThoughtbubblesConfig, layer: int, precision: str, device: str, cached: bool = False) -> int:
-    """H times the width of a head as it enters the product of attention."""
+def _head_width(config: ThoughtbubblesConfig, layer: int, precision: str, device: str, cached: bool = False) -> int:
+    """The channels of a head as it enters the product of attention."""
     width = config.head_dim
     if config.attenuation == "paper" and _is_scored(config, layer):
         width = attenuated_width(width, item_bytes(precision), device, cached)
-    return config.num_attention_heads * width
+    return width
 
 
 def _is_scored(config: ThoughtbubblesConfig, layer: int) -> bool:
@@ -473,8 +500,23 @@ def _learns_scores(config: ThoughtbubblesConfig) -> bool:
 
 
 def _block_matrix(config: ThoughtbubblesConfig) -> int:
-    """Entries of a block's matrices: qkv_proj, o_proj, up_proj and down_proj."""
-    return 4 * config.hidden_size**2 + 2 * config.hidden_size * _inner(config)
+    """Entries of a block's matrices: qkv_proj, o_proj, perhaps gate_proj, up_proj and down_proj."""
+    channels = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return config.hidden_size * (channels + (3 if config.mlp == "gated" else 2) * _inner(config))
+
+
+def _block_biases(config: ThoughtbubblesConfig) -> int:
+    """Numbers in the biases of a block's linear layers."""
+    hidden, inner = config.hidden_size, _inner(config)
+    attention = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    mlp = (2 if config.mlp == "gated" else 1) * inner + hidden
+    sizes = {"attention": attention, "attention_output": hidden, "mlp": mlp}
+    return sum(size for part, size in sizes.items() if config.has_bias(part))
+
+
+def _norm_parameters(config: ThoughtbubblesConfig) -> int:
+    """Of a block's norm."""
+    return config.hidden_size * (1 + (config.norm == "layernorm" and config.use_bias))
 
 
 def _inner(config: ThoughtbubblesConfig) -> int:
@@ -484,6 +526,5 @@ def _inner(config: ThoughtbubblesConfig) -> int:
 def _groups(config: ThoughtbubblesConfig) -> tuple[int, int]:
     """Parameters of a block, and of all that is in no block."""
     parts, layers = parameter_counts(config), config.num_hidden_layers
-    final_norm = config.hidden_size * (1 + config.use_bias)
-    block = (parts.blocks - final_norm) // layers
+    block = (parts.blocks - _norm_parameters(config)) // layers
     return block, parts.total - layers * block

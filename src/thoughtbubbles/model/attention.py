@@ -1,6 +1,7 @@
-"""Rotary embedding at fractional positions and attenuated causal attention (method: Positions, Attenuation).
+"""Rotary embedding at fractional positions and attenuated causal attention (method: Positions, Attenuation, The block).
 
-Shape letters: B batch, N streams, D hidden size, H heads, K head size.
+Shape letters: B batch, N streams, D hidden size, H heads, G heads of keys and values, K head size, R channels of a head
+that turn.
 """
 
 import math
@@ -12,20 +13,24 @@ from torch import Tensor, nn
 from .blocked_attention import blocked_attention, suits
 from .cache import AttentionMemory, Placement
 from .configuration import ThoughtbubblesConfig
+from .norms import head_norm
+from .rotary import Rotary
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, N, K / 2] for float positions [B, N], in the positions' type (method: Positions)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim
-    angles = positions[:, None, :, None] * theta**-exponents
-    return angles.cos(), angles.sin()
+def rotary_angles(positions: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, N, R / 2] for float positions [B, N], in the positions' type (method: Positions)."""
+    angles = positions[:, None, :, None] * rotary.frequencies(positions.device, positions.dtype)
+    if rotary.factor == 1:
+        return angles.cos(), angles.sin()
+    return angles.cos() * rotary.factor, angles.sin() * rotary.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, N, K]; channel j turns with channel j + K / 2."""
+    """Rotary embedding of the first R channels of x [B, H, N, K]; channel j turns with channel j + R / 2."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def attenuated_attention(
@@ -40,7 +45,8 @@ def attenuated_attention(
     """Causal attention in packed order over streams with log scores (method: Attenuation).
 
     Args:
-        q, k, v: [B, H, N, K], q and k already rotated.
+        q: [B, H, N, K], already rotated.
+        k, v: [B, G, N, K], k rotated; each of their heads is for H / G neighbouring ones of q.
         log_score: [B, N]; None for scores that are all 0, or where attenuation is `none`.
         rule: `paper` or `released`.
         memory, placement: of a cache, to which the new streams are added and which they see too.
@@ -59,13 +65,42 @@ def attenuated_attention(
         q, k, v = attenuate(q, k, v, log_score, rule, scale, cached=memory is not None)
     if blocked:
         return blocked_attention(q, k, v, bias, scale)
-    mask, is_causal = None, True
     if memory is not None and placement is not None:
         k, v = memory.append(k, v, placement)
-        mask, is_causal = placement.mask, placement.is_causal
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    if placement is None or placement.is_causal:
+        out = _causal_product(q, k, v, scale)
+    else:
+        out = _cached_product(q, k, v, placement.mask, scale)
     # Backward, a split is put together in one pass, where a slice fills zeros first.
     return out if v.shape[-1] == head_dim else out.split([head_dim, v.shape[-1] - head_dim], dim=-1)[0]
+
+
+def _causal_product(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, H, N, K] by a fused kernel."""
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and not shares_keys(q.device.type, q.dtype.itemsize):
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def shares_keys(device: str, itemsize: int) -> bool:
+    """Whether a fused kernel for numbers of `itemsize` bytes lets several heads read one of k; those of others copy it.
+
+    A GPU's kernel for float32 does not, and torch would fall back to products that hold [N, N].
+    """
+    return device != "cuda" or itemsize == 2
+
+
+def _cached_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, N, K] of few queries: those that share a head of k are put one after the other, so that it stays one."""
+    batch, heads, new, width = q.shape
+    shared = heads // k.shape[1]
+    if mask is not None:
+        mask = mask.repeat(1, 1, shared, 1)
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, -1, shared * new, width), k, v, attn_mask=mask, is_causal=False, scale=scale
+    )
+    return out.view(batch, heads, new, width)
 
 
 def attenuate(
@@ -82,9 +117,10 @@ def attenuate(
     # The fused kernels want values as wide as keys.
     spare = attenuated_width(k.shape[-1], k.dtype.itemsize, k.device.type, cached) - k.shape[-1] - width
     # Joined at once, since padding would copy once more, and once more backward.
-    zeros = k.new_zeros(()).expand(*k.shape[:-1], width + spare)
-    q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], width), zeros[..., :spare]], dim=-1)
-    return q, torch.cat([k, channels, zeros[..., :spare]], dim=-1), torch.cat([v, zeros], dim=-1)
+    zeros, ones = k.new_zeros(()), q.new_ones(())
+    q = torch.cat([q, ones.expand(*q.shape[:-1], width), zeros.expand(*q.shape[:-1], spare)], dim=-1)
+    k = torch.cat([k, channels, zeros.expand(*k.shape[:-1], spare)], dim=-1)
+    return q, k, torch.cat([v, zeros.expand(*v.shape[:-1], width + spare)], dim=-1)
 
 
 def _weigh(v: Tensor, log_score: Tensor) -> Tensor:
@@ -99,7 +135,7 @@ def attenuated_width(head_dim: int, itemsize: int, device: str, cached: bool = F
 
 
 def _bias_channels(bias: Tensor, k: Tensor) -> Tensor:
-    """The key channels [B, H, N, 1 or 2] that add `bias` [B, N] to q.k for a q of ones.
+    """The key channels [B, G, N, 1 or 2] that add `bias` [B, N] to q.k for a q of ones.
 
     A 16-bit type gets a second channel with the part that rounding took from the first: bfloat16 alone would
     cost 0.4% of the bias.
@@ -120,10 +156,12 @@ class StreamAttention(nn.Module):
 
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads = [heads, groups, groups]
         self.rule = config.attenuation
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
-        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * size, bias=config.has_bias("attention"))
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.o_proj = ResidualProjection(heads * size, config.hidden_size, bias=config.has_bias("attention_output"))
 
     def forward(
         self,
@@ -135,9 +173,10 @@ class StreamAttention(nn.Module):
         placement: Placement | None = None,
     ) -> Tensor:
         """x [B, N, D] -> [B, N, D]; the others as in `rotate` and `attenuated_attention`."""
-        batch, width, hidden = x.shape
-        q, k, v = self.qkv_proj(x).view(batch, width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        batch, width, _ = x.shape
+        heads = self.qkv_proj(x).view(batch, width, sum(self.heads), -1).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = attenuated_attention(q, k, v, log_score, self.rule, memory, placement)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, width, hidden))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, width, -1))
         return projected

@@ -5,7 +5,8 @@ above all backward. This one is made of those: a block of queries of a few rows 
 end, so that memory stays linear in the number of streams. Scores are softmaxed, and their gradients formed, in float32
 or wider.
 
-Shape letters: B batch, N streams, H heads, K head size, G = B H; e keys up to the end of a block, r queries in it.
+Shape letters: B batch, N streams, H heads, G heads of keys and values, K head size; g of the B G, each with s = H / G
+heads of queries; e keys up to the end of a block, r queries in it.
 """
 
 from collections.abc import Iterator
@@ -30,29 +31,32 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     """Softmax over the keys at or left of each query of scale * q.k + bias, times the values.
 
     Args:
-        q, k, v: [B, H, N, K].
+        q: [B, H, N, K].
+        k, v: [B, G, N, K], each head for H / G neighbouring ones of q.
         bias: [B, N] of the keys, in float32 or wider; None is 0.
 
     Returns:
         [B, H, N, K].
     """
-    batch, heads, length = q.shape[:3]
+    batch, groups, length = k.shape[:3]
     if bias is None:
         bias = torch.zeros(batch, length, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    biases = bias[:, None].expand(-1, heads, -1).flatten(0, 1)
-    out: Tensor = _BlockedAttention.apply(*(each.flatten(0, 1) for each in (q, k, v)), biases, scale)
+    biases = bias[:, None].expand(-1, groups, -1).flatten(0, 1)
+    queries = q.reshape(batch * groups, -1, length, q.shape[-1])
+    out: Tensor = _BlockedAttention.apply(queries, k.flatten(0, 1), v.flatten(0, 1), biases, scale)
     return out.view(q.shape)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Of q, k, v [G, N, K] and bias [G, N]."""
+    """Of q [g, s, N, K], k, v [g, N, K] and bias [g, N]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         out = torch.empty_like(q)
         for rows, queries, keys in _blocks(q):
-            weights = _weights(q[rows, queries], k[rows, keys], bias[rows, keys], scale)
-            out[rows, queries] = weights.to(v.dtype) @ v[rows, keys]
+            asked = q[rows, :, queries]
+            weights = _weights(asked, k[rows, keys], bias[rows, keys], scale)
+            out[rows, :, queries] = (weights.to(v.dtype) @ v[rows, keys]).view_as(asked)
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.scale = scale
         return out
@@ -66,21 +70,22 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v, grad_bias = (torch.zeros_like(each, dtype=bias.dtype) for each in (k, v, bias))
         for rows, queries, keys in _blocks(q):
-            weights = _weights(q[rows, queries], k[rows, keys], bias[rows, keys], ctx.scale)
-            grad = grad_out[rows, queries]
+            asked = q[rows, :, queries]
+            weights = _weights(asked, k[rows, keys], bias[rows, keys], ctx.scale)
+            grad = grad_out[rows, :, queries].flatten(1, 2)
             grad_v[rows, keys] += weights.to(v.dtype).mT @ grad
-            grad_scores = torch.sub(grad @ v[rows, keys].mT, mean[rows, queries]).mul_(weights)
+            grad_scores = torch.sub(grad @ v[rows, keys].mT, mean[rows, :, queries].flatten(1, 2)).mul_(weights)
             grad_bias[rows, keys] += grad_scores.sum(1)
             grad_scores = grad_scores.mul_(ctx.scale).to(q.dtype)
-            grad_q[rows, queries] = grad_scores @ k[rows, keys]
-            grad_k[rows, keys] += grad_scores.mT @ q[rows, queries]
+            grad_q[rows, :, queries] = (grad_scores @ k[rows, keys]).view_as(asked)
+            grad_k[rows, keys] += grad_scores.mT @ asked.flatten(1, 2)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, None
 
 
 def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of G, queries and the keys that these may see."""
-    rows, length, _ = q.shape
-    step = max(1, SCORES // (min(QUERIES, length) * length))
+    """Rows of g, queries and the keys that these may see."""
+    rows, shared, length, _ = q.shape
+    step = max(1, SCORES // (shared * min(QUERIES, length) * length))
     for row in range(0, rows, step):
         for first in range(0, length, QUERIES):
             end = min(first + QUERIES, length)
@@ -88,9 +93,9 @@ def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """[G, r, e] softmaxed, of the last r of e streams."""
-    scores = torch.add(bias[:, None], q @ k.mT, alpha=scale)
-    queries = q.shape[1]
+    """[g, s r, e] softmaxed, of the last r of e streams."""
+    scores = torch.add(bias[:, None], q.flatten(1, 2) @ k.mT, alpha=scale)
+    shared, queries = q.shape[1:3]
     later = torch.ones(queries, queries, dtype=torch.bool, device=q.device).triu(1)
-    scores[..., -queries:].masked_fill_(later, -torch.inf)
+    scores[..., -queries:].masked_fill_(later.repeat(shared, 1), -torch.inf)
     return scores.softmax(-1)

@@ -422,4 +422,38 @@ def _1_9b() -> dict[str, Any]:
     return _shape(36, 2048, 16, [2, 5, 8])
 
 
+def _llama(groups: int, inner: int, theta: float = 10000.0) -> dict[str, Any]:
+    """The block of today's models: RMSNorm, gated MLP, grouped heads of 64 channels, QK-norm, no biases."""
+    return {
+        "num_key_value_heads": groups,
+        "head_dim": 64,
+        "intermediate_size": inner,
+        "hidden_act": "silu",
+        "mlp": "gated",
+        "norm": "rmsnorm",
+        "use_bias": False,
+        "layer_norm_eps": 1e-6,
+        "qk_norm": True,
+        "rope_theta": theta,
+    }
+
+
+@_preset("small-llama")
+def _small_llama() -> dict[str, Any]:
+    """8 layers x 256 with a Llama's block, for a laptop: 7,348,480 parameters (vocabulary 4,096)."""
+    return {"vocab_size": 4096, **_shape(8, 256, 4, [2, 4, 6], 512), **_llama(2, 768)}
+
+
+@_preset("360m-llama")
+def _360m_llama() -> dict[str, Any]:
+    """32 layers x 960 with a Llama's block, as SmolLM's 360M: 362,897,536 parameters (vocabulary 50,257)."""
+    return {**_shape(32, 960, 15, [7, 15, 23], 2048), **_llama(5, 2560)}
+
+
+@_preset("1b-llama")
+def _1b_llama() -> dict[str, Any]:
+    """16 layers x 2048 with a Llama's block, as Llama 3.2's 1B: 1,076,099,072 parameters (vocabulary 50,257)."""
+    return {**_shape(16, 2048, 32, [3, 7, 11], 4096), **_llama(8, 8192, 500000.0)}
+
+
 ThoughtbubblesConfig.register_for_auto_class()

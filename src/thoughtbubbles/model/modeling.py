@@ -42,6 +42,8 @@ from .loss import (
     token_losses,
 )
 from .mixture import Mixture
+from .norms import block_norm
+from .rotary import Rotary
 from .sharing import SharedModel, register_models
 from .streams import ColumnMap, Streams
 from .threshold import ScoreHistogram
@@ -102,24 +104,28 @@ class ThoughtbubblesMLP(nn.Module):
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__()
         assert config.intermediate_size is not None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.has_bias("mlp")
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.mlp == "gated" else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.act = ACT2FN[config.hidden_act]
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.down_proj = ResidualProjection(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        up = self.up_proj(x)
+        out: Tensor = self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
         return out
 
 
 class ThoughtbubblesBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP, their updates scaled by each stream's p (method: Attenuation)."""
+    """Pre-norm attention and MLP, their updates scaled by each stream's p (method: Attenuation, The block)."""
 
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.is_parallel = config.parallel_residual
+        self.attention_norm = block_norm(config)
         self.attention = StreamAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.mlp_norm = block_norm(config)
         self.mlp = ThoughtbubblesMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -135,8 +141,11 @@ class ThoughtbubblesBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """x [B, N, D]; log_score [B, N] of the keys; update_weight [B, N] in both updates. None: 0 and 1."""
         weight = 1 if update_weight is None else update_weight[..., None].to(x.dtype)
-        attended = self.attention(self.attention_norm(x), cos, sin, log_score, memory, placement)
-        x = x + weight * self.dropout(attended)
+        attended = self.dropout(self.attention(self.attention_norm(x), cos, sin, log_score, memory, placement))
+        if self.is_parallel:
+            updated: Tensor = x + weight * (attended + self.dropout(self.mlp(self.mlp_norm(x))))
+            return updated
+        x = x + weight * attended
         out: Tensor = x + weight * self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
@@ -168,13 +177,13 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
 
     def __init__(self, config: ThoughtbubblesConfig) -> None:
         super().__init__(config)
-        _refuse_other_blocks(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gates = nn.ModuleDict({str(layer): ForkGate(config, layer) for layer in config.gated_layers})
         self.copier = self._copier() if config.copied_layers else None
         self.layers = nn.ModuleList(ThoughtbubblesBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.norm = block_norm(config)
+        self.rotary = Rotary(config)
         self.gradient_checkpointing = False
         # The optimizer step, filled in by a trainer: in training `random` and `uniform` draw by it. A tensor, so that
         # one compiled graph serves every step.
@@ -258,13 +267,19 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             elif self.copier is not None and index in config.copied_layers:
                 streams = self.copier(streams, kappa)
             if index == 0 or index in config.gated_layers + config.copied_layers:
-                cos, sin = rotary_angles(streams.positions(), config.head_dim, config.rope_theta)
+                # The channel's pair has turned before: there it shows where counting begins, and the release's at 1.
+                cos, sin = rotary_angles(streams.positions(origin=int(self._gives_up_a_channel)), self.rotary)
                 placement = None if cache is None else cache.place(index, streams.ordinal, streams.alive)
             yield streams
             memory = None if cache is None else cache.attention[index]
             attenuation = self._attenuation(streams, index)
             streams = streams.with_residual(block(streams.residual, cos, sin, *attenuation, memory, placement))
         yield streams
+
+    @property
+    def _gives_up_a_channel(self) -> bool:
+        """Whether attention has a channel for the log score, as the release has before the first fork too."""
+        return bool(self.config.gated_layers) and self.config.attenuation == "released"
 
     def _cache_of(
         self, cache: StreamCache | None, past_key_values: StreamCache | None, use_cache: bool | None
@@ -333,9 +348,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         if streams.padded:
             alive = streams.alive.to(streams.log_score.dtype)
             weight = alive if weight is None else weight * alive
-        # The release gives up its last channel in the layers before the first fork too.
-        reserved = bool(gated) and config.attenuation == "released"
-        return streams.log_score if scored or reserved else None, weight
+        return streams.log_score if scored or self._gives_up_a_channel else None, weight
 
     def _merge_is_weighted(self, kappa: Fraction) -> bool:
         """Whether the merge weighs streams by p.
@@ -478,16 +491,6 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         widest = min(2**gates, width) if gates else width // streams.num_tokens
         kept = Mixture.of(streams, out.columns, keep, bool(out.merge_is_weighted), widest)
         return replace(kept, streams=kept.streams.with_residual(self.model.norm(kept.streams.residual)))
-
-
-def _refuse_other_blocks(config: ThoughtbubblesConfig) -> None:
-    built = ThoughtbubblesConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
-    for field in (
-        *("norm", "mlp", "num_key_value_heads", "head_dim", "attention_bias", "attention_output_bias", "mlp_bias"),
-        *("qk_norm", "partial_rotary_factor", "parallel_residual", "rope_parameters"),
-    ):
-        if getattr(config, field) != getattr(built, field):
-            raise NotImplementedError(f"{field}={getattr(config, field)!r}: no model is built with it yet")
 
 
 def _to_columns(values: Tensor, columns: ColumnMap | None) -> Tensor:

@@ -24,7 +24,9 @@ CHOICES = {
     "routing": ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform"),
     "attenuation": ("paper", "released", "none"),
     "merge": ("residual", "residual-normed", "probability", "root"),
-    "hidden_act": ("gelu",),
+    "hidden_act": ("gelu", "silu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("plain", "gated"),
 }
 
 
@@ -82,6 +84,15 @@ class _Model:
         """Apply the LayerNorm `name`: [D] to [D]."""
         weight, bias = self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias")
         return F.layer_norm(x, x.shape, weight, bias, self.config.layer_norm_eps)
+
+    def rms_norm(self, name: str, x: Tensor) -> Tensor:
+        """Apply the RMSNorm `name` over the last dimension: [..., D] to [..., D] (method: The block)."""
+        size: Tensor = ((x * x).mean(dim=-1, keepdim=True) + self.config.layer_norm_eps).sqrt()
+        return self.parameters[f"{name}.weight"] * x / size
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """Apply the block's norm `name`: [D] to [D] (method: The block)."""
+        return self.rms_norm(name, x) if self.config.norm == "rmsnorm" else self.layer_norm(name, x)
 
 
 # --- Routing ---
@@ -304,23 +315,80 @@ def _copy(model: _Model, copies: int, streams: list[ReferenceStream]) -> list[Re
 # --- Positions and attention ---
 
 
-def bubble_positions(tokens: Sequence[int]) -> list[Fraction]:
+def bubble_positions(tokens: Sequence[int], origin: int = 0) -> list[Fraction]:
     """Return the exact rotary position of every stream, given its token's ordinal (method: Positions)."""
     positions = []
     for index, token in enumerate(tokens):
         place = tokens[: index + 1].count(token)
-        positions.append(token + Fraction(place, tokens.count(token)))
+        positions.append(origin + token - 1 + Fraction(place, tokens.count(token)))
     return positions
 
 
-def _rotate(x: Tensor, position: Fraction, theta: float) -> Tensor:
-    """Rotate every head of x [H, K] to a position; channel j pairs with j + K/2 (method: Positions)."""
-    half = x.shape[-1] // 2
-    inverse_frequency = theta ** (-2 * torch.arange(half, dtype=torch.float64, device=x.device) / x.shape[-1])
-    angle = float(position) * inverse_frequency
-    first, second = x[:, :half], x[:, half:]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def _llama3_frequency(frequency: float, rope: Mapping[str, Any]) -> float:
+    """Leave waves that are short beside the rows of pretraining, slow down long ones, go over between."""
+    rotations = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = min(1.0, max(0.0, (rotations - low) / (high - low)))
+    slowed: float = frequency / rope["factor"]
+    return float(kept * frequency + (1 - kept) * slowed)
+
+
+def _yarn_frequency(pair: int, channels: int, theta: float, rope: Mapping[str, Any]) -> float:
+    """Leave what turns often within the rows of pretraining, slow down what turns seldom, go over between."""
+
+    def pair_that_turns(times: float) -> float:
+        longest = rope["original_max_position_embeddings"]
+        return channels * math.log(longest / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(rope.get("beta_fast", 32)), pair_that_turns(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, channels - 1)
+    kept = 1 - min(1.0, max(0.0, (pair - first) / (last - first or 0.001)))
+    frequency: float = theta ** (-2 * pair / channels)
+    slowed: float = frequency / rope["factor"]
+    return kept * frequency + (1 - kept) * slowed
+
+
+def _yarn_factor(rope: Mapping[str, Any]) -> float:
+    """Return what `yarn` multiplies cosines and sines by."""
+
+    log_factor = math.log(rope["factor"])
+
+    def size(scale: float) -> float:
+        return 0.1 * scale * log_factor + 1.0
+
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return size(rope["mscale"]) / size(rope["mscale_all_dim"])
+    return size(1.0)
+
+
+def rotary_frequencies(config: Any) -> tuple[list[float], float]:
+    """Return angles a position of the pairs that turn, and the factor on cosines and sines (method: The block)."""
+    rope, theta = config.rope_parameters or {"rope_type": "default"}, config.rope_theta
+    channels = int(config.head_dim * config.partial_rotary_factor)
+    pairs = range((channels + 1) // 2)
+    frequencies = [theta ** (-2 * pair / channels) for pair in pairs]
+    if rope["rope_type"] == "linear":
+        return [frequency / rope["factor"] for frequency in frequencies], 1.0
+    if rope["rope_type"] == "llama3":
+        return [_llama3_frequency(frequency, rope) for frequency in frequencies], 1.0
+    if rope["rope_type"] == "yarn":
+        return [_yarn_frequency(pair, channels, theta, rope) for pair in pairs], _yarn_factor(rope)
+    return frequencies, 1.0
+
+
+def _rotate(x: Tensor, position: Fraction, frequencies: Sequence[float], factor: float = 1.0) -> Tensor:
+    """Rotate every head of x [H, K] to a position; of R = 2 len(frequencies) channels j pairs with j + R/2."""
+    half = len(frequencies)
+    turned = x.clone()
+    for j, frequency in enumerate(frequencies):
+        cos, sin = (factor * turn(float(position) * frequency) for turn in (math.cos, math.sin))
+        turned[:, j] = x[:, j] * cos - x[:, j + half] * sin
+        turned[:, j + half] = x[:, j + half] * cos + x[:, j] * sin
+    return turned
 
 
 def _with_last_channel(x: Tensor, value: Tensor) -> Tensor:
@@ -336,11 +404,14 @@ def _update_weight(model: _Model, stream: ReferenceStream) -> Tensor:
 
 
 def _project(model: _Model, layer: int, stream: ReferenceStream, position: Fraction) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and attenuated value of one stream, [H, K] each (method: Positions, Attenuation)."""
-    heads = model.config.num_attention_heads
-    normed = model.layer_norm(f"model.layers.{layer}.attention_norm", stream.residual)
-    q, k, v = model.linear(f"model.layers.{layer}.attention.qkv_proj", normed).view(3, heads, -1)
-    q, k = (_rotate(x, position, model.config.rope_theta) for x in (q, k))
+    """Return query [H, K], key and attenuated value [G, K] of one stream (method: Positions, Attenuation)."""
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    name = f"model.layers.{layer}.attention"
+    projected = model.linear(f"{name}.qkv_proj", model.norm(f"{name}_norm", stream.residual))
+    q, k, v = projected.view(-1, model.config.head_dim).split([heads, groups, groups])
+    if model.config.qk_norm:
+        q, k = model.rms_norm(f"{name}.q_norm", q), model.rms_norm(f"{name}.k_norm", k)
+    q, k = (_rotate(x, position, *rotary_frequencies(model.config)) for x in (q, k))
     if model.config.attenuation == "released" and model.fork_layers:
         q = _with_last_channel(q, torch.ones_like(stream.log_score))
         k = _with_last_channel(k, stream.log_score)
@@ -351,7 +422,8 @@ def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> lis
     """Return Attention(LayerNorm(x)) of every stream: N vectors [D] (method: Attenuation)."""
     if not streams:
         return []
-    positions = bubble_positions([stream.token for stream in streams])
+    origin = 1 if model.config.attenuation == "released" and model.fork_layers else 0
+    positions = bubble_positions([stream.token for stream in streams], origin)
     projected = [_project(model, layer, *each) for each in zip(streams, positions, strict=True)]
     queries, keys, values = (torch.stack(each) for each in zip(*projected, strict=True))
     log_scores = torch.stack([stream.log_score for stream in streams])
@@ -360,18 +432,24 @@ def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> lis
         seen = slice(0, index + 1)
         attended = []
         for head, query in enumerate(queries[index]):
-            logits = keys[seen, head] @ query / math.sqrt(len(query))
+            group = head * model.config.num_key_value_heads // model.config.num_attention_heads
+            logits = keys[seen, group] @ query / math.sqrt(len(query))
             if model.config.attenuation == "paper":
                 logits = logits + log_scores[seen]
-            attended.append(logits.softmax(dim=0) @ values[seen, head])
+            attended.append(logits.softmax(dim=0) @ values[seen, group])
         updates.append(model.linear(f"model.layers.{layer}.attention.o_proj", torch.cat(attended)))
     return updates
 
 
 def _mlp(model: _Model, layer: int, stream: ReferenceStream) -> Tensor:
     """Return MLP(LayerNorm(x)) of one stream: [D] (method: Attenuation)."""
-    normed = model.layer_norm(f"model.layers.{layer}.mlp_norm", stream.residual)
-    hidden = F.gelu(model.linear(f"model.layers.{layer}.mlp.up_proj", normed))
+    act = F.silu if model.config.hidden_act == "silu" else F.gelu
+    normed = model.norm(f"model.layers.{layer}.mlp_norm", stream.residual)
+    hidden = model.linear(f"model.layers.{layer}.mlp.up_proj", normed)
+    if model.config.mlp == "gated":
+        hidden = act(model.linear(f"model.layers.{layer}.mlp.gate_proj", normed)) * hidden
+    else:
+        hidden = act(hidden)
     return model.linear(f"model.layers.{layer}.mlp.down_proj", hidden)
 
 
@@ -383,7 +461,11 @@ def _updated(model: _Model, stream: ReferenceStream, update: Tensor) -> Referenc
 def _block(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[ReferenceStream]:
     """Apply one transformer block to the streams of one row (method: Attenuation)."""
     updates = _attention(model, layer, streams)
+    if model.config.parallel_residual:
+        updates = [update + _mlp(model, layer, stream) for stream, update in zip(streams, updates, strict=True)]
     streams = [_updated(model, stream, update) for stream, update in zip(streams, updates, strict=True)]
+    if model.config.parallel_residual:
+        return streams
     return [_updated(model, stream, _mlp(model, layer, stream)) for stream in streams]
 
 
@@ -397,7 +479,7 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
     # Where the released code skips the weighting, every stream counts as if its log score were 0.
     log_scores = torch.stack([stream.log_score * int(weighted) for stream in bubble])
     residuals = torch.stack([stream.residual for stream in bubble])
-    normed = torch.stack([model.layer_norm("model.norm", x) for x in residuals])
+    normed = torch.stack([model.norm("model.norm", x) for x in residuals])
 
     if model.config.merge == "root":
         return unembedding @ normed[[stream.is_root for stream in bubble].index(True)]
@@ -406,7 +488,7 @@ def _merge(model: _Model, bubble: list[ReferenceStream], weighted: bool) -> Tens
     if model.config.merge == "residual":
         if model.config.attenuation != "released":
             weights = log_scores.softmax(dim=0)
-        return unembedding @ model.layer_norm("model.norm", weights @ residuals)
+        return unembedding @ model.norm("model.norm", weights @ residuals)
     if model.config.merge == "residual-normed":
         return unembedding @ (weights @ normed)
     log_probabilities = torch.stack([(unembedding @ x).log_softmax(dim=0) for x in normed])

@@ -69,13 +69,16 @@ class Streams:
         """[B, N] int64: `token`, counted from the start of the whole row."""
         return self.token if self.offset is None else self.token + self.offset
 
-    def positions(self) -> Tensor:
-        """[B, N] float positions (method: Positions): the i-th of c streams of ordinal t stands at t + i / c."""
+    def positions(self, origin: int = 0) -> Tensor:
+        """[B, N] float positions (method: Positions): the i-th of c streams of ordinal t stands at t - 1 + i / c.
+
+        Or that much further on where the root of a row's first token is to stand at `origin`.
+        """
         token = self.token.contiguous()
         first = torch.searchsorted(token, token)
         end = torch.searchsorted(token, token, right=True)
         place = torch.arange(1, token.shape[1] + 1, device=token.device) - first
-        return self.ordinal + place.to(self.log_score.dtype) / (end - first)
+        return self.ordinal + (origin - 1) + place.to(self.log_score.dtype) / (end - first)
 
     def roots(self) -> Tensor:
         """[B, T, D]: the residual of each token's root, zero for the ordinals that a row lacks."""
