@@ -1,8 +1,9 @@
 """Speed of a training step, forward and backward with the optimizer, and where its time goes; as ratios in one run.
 
-The baselines are the dense model of the same length, transformers' GPT-NeoX class of the same shape, and for each
-budget the dense model whose blocks compute as many positions as the Thoughtbubbles model's: what is left over that is
-gate, routing, gather and merge. The share of the machine's peak is that of the fastest matrix product found.
+The baselines are the dense model of the same length, transformers' GPT-NeoX class of the same shape, its Llama class
+beside our dense model with a Llama's block, and for each budget the dense model whose blocks compute as many positions as
+the Thoughtbubbles model's: what is left over that is gate, routing, gather and merge. The share of the machine's peak is
+that of the fastest matrix product found.
 
 With `--against CHECKOUT` it is the whole command that is timed instead: `thoughtbubbles train` with the demo's recipe,
 of this checkout and of another one, in pairs.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from against import compare_checkouts
 from clock import now
@@ -187,6 +188,9 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
 
     makers = {"dense": ours(config("none")), "budget 1": ours(config("causal"), "dense")}
     makers["GPT-NeoX"] = lambda: Step(neox(config("none")), flops(config("none")), arguments)
+    as_llama = ThoughtbubblesConfig.from_dict({**config("none").to_dict(), **LLAMA})
+    makers["dense, Llama's block"] = ours(as_llama)
+    makers["Llama"] = lambda: Step(llama(as_llama), flops(as_llama), arguments)
     for budget in arguments.budgets:
         for routing in ("causal", "topk"):
             twin = f"dense, positions of {routing} {budget:g}"
@@ -216,6 +220,34 @@ def neox(shape: ThoughtbubblesConfig) -> GPTNeoXForCausalLM:
         use_cache=False,
     )
     return GPTNeoXForCausalLM(config)
+
+
+LLAMA = {
+    "norm": "rmsnorm",
+    "mlp": "gated",
+    "hidden_act": "silu",
+    "use_bias": False,
+    "qk_norm": False,
+}
+"""What makes a block that of a Llama."""
+
+
+def llama(shape: ThoughtbubblesConfig) -> LlamaForCausalLM:
+    """transformers' Llama of the same shape."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size or 4 * shape.hidden_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM(config)
 
 
 def timed_parts(step: Step, whole: float, arguments: argparse.Namespace) -> dict[str, float]:

@@ -31,6 +31,15 @@ CASES: list[Case] = [
     {"routing": "none", "attenuation": "paper"},
     {"routing": "copy", "budget": 3, "copy_layer": 2},
     {"routing": "pause", "budget": 2},
+    {
+        "routing": "causal",
+        "budget": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "qk_norm": True,
+    },
+    {"routing": "causal", "budget": 2, "norm": "rmsnorm", "parallel_residual": True, "partial_rotary_factor": 0.5},
 ]
 every_case = pytest.mark.parametrize("rules", CASES, ids=case_id)
 
@@ -70,12 +79,14 @@ def rows_at(trace: BubbleTrace, layer: int, alive: bool = True) -> dict[str, Any
 def reference_weights(model: ThoughtbubblesForCausalLM, layer: int, streams: list[ReferenceStream]) -> torch.Tensor:
     """[N, N] attention by the reference's own queries and keys, the mean over the heads."""
     prepared = reference._model(model.config, model.state_dict(), model.config.budget, 0)
-    positions = bubble_positions([stream.token for stream in streams])
+    released = model.config.attenuation == "released" and bool(model.config.gated_layers)
+    positions = bubble_positions([stream.token for stream in streams], origin=int(released))
     projected = [reference._project(prepared, layer, s, at)[:2] for s, at in zip(streams, positions, strict=True)]
+    shared = model.config.num_attention_heads // model.config.num_key_value_heads
     weights = torch.zeros(len(streams), len(streams), dtype=torch.float64)
     for query, (q, _) in enumerate(projected):
         for head in range(model.config.num_attention_heads):
-            logits = torch.stack([projected[key][1][head] @ q[head] for key in range(query + 1)])
+            logits = torch.stack([projected[key][1][head // shared] @ q[head] for key in range(query + 1)])
             logits = logits / math.sqrt(q.shape[1])
             if model.config.attenuation == "paper":
                 logits = logits + torch.stack([s.log_score for s in streams[: query + 1]])

@@ -33,6 +33,7 @@ CODE = {
             "controls",
             "sharing",
             "mixture",
+            "norms",
             "rotary",
             "rules",
             "threshold",

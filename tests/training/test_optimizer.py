@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.helpers import tiny_model
 from tests.run_fixtures import BLOCK, tiny_recipe
@@ -152,6 +153,17 @@ def test_adapters_and_gates_are_trained_and_merged(tmp_path: Path, tiny_run: Pat
     blocks = tiny_data.validation[:]["input_ids"]
     loss = model(blocks, labels=blocks).loss.item()
     assert summary.eval_loss == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("mlp", ["plain", "gated"])
+def test_adapters_stand_beside_all_linear_layers_of_the_blocks(mlp: str) -> None:
+    pytest.importorskip("peft")
+    model = tiny_model(mlp=mlp)
+    linear = {name for name, part in model.model.layers.named_modules() if isinstance(part, nn.Linear)}
+    add_adapters(model, LoraSection(rank=2))
+    adapted = {name for name, part in model.model.layers.named_modules() if hasattr(part, "lora_A")}
+    assert adapted == linear
+    assert len(linear) == 4 * (5 if mlp == "gated" else 4)
 
 
 def test_a_target_that_is_not_there_is_named() -> None:

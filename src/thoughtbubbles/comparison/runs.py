@@ -210,12 +210,10 @@ def _larger_shapes(config: ThoughtbubblesConfig, spend: str) -> Iterator[dict[st
         return
     inner = config.intermediate_size or 4 * config.hidden_size
     for hidden in count(config.hidden_size, 2 * config.num_attention_heads):
-        heads = (
-            {}
-            if config.head_dim != config.hidden_size // config.num_attention_heads
-            else {"head_dim": hidden // config.num_attention_heads}
-        )
-        yield {"hidden_size": hidden, "intermediate_size": round(inner * hidden / config.hidden_size), **heads}
+        shape = {"hidden_size": hidden, "intermediate_size": round(inner * hidden / config.hidden_size)}
+        if config.head_dim * config.num_attention_heads == config.hidden_size:
+            shape["head_dim"] = hidden // config.num_attention_heads
+        yield shape
 
 
 def _precision_so_far(output: Path) -> Precision | None:

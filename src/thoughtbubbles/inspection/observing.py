@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thoughtbubbles.model.attention import StreamAttention, attenuate, rotate
+from thoughtbubbles.model.attention import StreamAttention, attenuate
 from thoughtbubbles.model.gate import ForkGate
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.streams import Streams
@@ -72,15 +72,14 @@ def attention_weights(
 
     They are the softmax alone (method: Attenuation): the values that they average are scaled by p besides.
     """
-    batch, width, _ = x.shape
-    q, k, v = attention.qkv_proj(x).view(batch, width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    scale = 1 / math.sqrt(q.shape[-1])
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = attention.project(x, cos, sin)
+    width, scale = q.shape[2], 1 / math.sqrt(q.shape[-1])
     if log_score is not None:
         q, k, _ = attenuate(q, k, v, log_score, attention.rule, scale)
     later = torch.ones(width, width, dtype=torch.bool, device=x.device).triu(1)
     # In 16 bits the fused kernels sum their products in float32.
     wide = torch.promote_types(x.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return (q.to(wide) @ k.to(wide).mT * scale).masked_fill(later, -math.inf).softmax(-1)
 
 

@@ -173,10 +173,12 @@ class StreamAttention(nn.Module):
         placement: Placement | None = None,
     ) -> Tensor:
         """x [B, N, D] -> [B, N, D]; the others as in `rotate` and `attenuated_attention`."""
-        batch, width, _ = x.shape
-        heads = self.qkv_proj(x).view(batch, width, sum(self.heads), -1).transpose(1, 2)
-        q, k, v = heads.split(self.heads, dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attenuated_attention(q, k, v, log_score, self.rule, memory, placement)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, width, -1))
+        out = attenuated_attention(*self.project(x, cos, sin), log_score, self.rule, memory, placement)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D] -> queries [B, H, N, K], keys and values [B, G, N, K], rotated."""
+        heads = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1)).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v

@@ -179,8 +179,8 @@ def _summary(config: ThoughtbubblesConfig) -> str:
 def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
     rows = {
         "parameters": f"{count_parameters(config):,}",
-        "layers": f"{config.num_hidden_layers} of width {config.hidden_size}, {config.num_attention_heads} heads, "
-        f"MLP {config.intermediate_size}",
+        "layers": f"{config.num_hidden_layers} of width {config.hidden_size}, {_heads(config)}, "
+        f"{'gated ' if config.mlp == 'gated' else ''}MLP {config.intermediate_size}",
         "vocabulary": f"{config.vocab_size:,}, embeddings {'tied' if config.tie_word_embeddings else 'not tied'}",
         "longest row": f"{config.max_position_embeddings:,} tokens",
         "routing": config.rule.words,
@@ -196,6 +196,11 @@ def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
         rows["budget"] = f"{config.exact_budget()} streams per token"
         rows["merge"] = config.merge
     return rows
+
+
+def _heads(config: ThoughtbubblesConfig) -> str:
+    shared = config.num_key_value_heads != config.num_attention_heads
+    return f"{config.num_attention_heads} heads{f' on {config.num_key_value_heads} of keys' if shared else ''}"
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -255,7 +255,8 @@ def _check_precision(precision: str | None) -> None:
 
 
 def _describe_config(config: ThoughtbubblesConfig) -> dict[str, Any]:
-    names = ("num_hidden_layers", "num_loops", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    names = ("num_hidden_layers", "num_loops", "hidden_size", *heads, "intermediate_size", "mlp", "norm", "vocab_size")
     rules = ("routing", "attenuation", "merge")
     return {name: getattr(config, name) for name in (*names, *rules)} | {"fork_layers": list(config.gated_layers)}
 

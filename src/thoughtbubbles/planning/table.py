@@ -27,9 +27,11 @@ def title(plan: Plan) -> str:
     rules = "dense" if plan.config["routing"] == "none" else f"{config['routing']} routing, budget {plan.budget}"
     if config["num_loops"] > 1:
         rules += f", blocks applied {config['num_loops']} times"
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    sharing = "" if groups == heads else f" ({groups} of keys and values)"
     return (
         f"{plan.name}: {config['num_hidden_layers']} layers x {config['hidden_size']}, "
-        f"{config['num_attention_heads']} heads, vocabulary {config['vocab_size']:,}; {rules}; "
+        f"{heads} heads{sharing}, vocabulary {config['vocab_size']:,}; {rules}; "
         f"rows of {plan.length:,} tokens{_devices(plan)}"
     )
 

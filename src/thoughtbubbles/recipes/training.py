@@ -91,7 +91,6 @@ Weights = Annotated[dict[Annotated[str, BeforeValidator(str)], Number], AfterVal
 Folders = Annotated[Weights, AfterValidator(_check_folders)]
 Reporter = Annotated[Literal["tensorboard", "wandb", "trackio"], AfterValidator(_check_installed)]
 Patterns = Annotated[list[str], Field(min_length=1)]
-LINEAR = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
 FALLS = {"start": "rise", "end": "fall"}
 DECAY_FRACTION = 0.2
 """Of schedules that have a decay of their own length, where the recipe names none."""
@@ -102,7 +101,7 @@ class LoraSection:
     """Adapters of low rank, of the library peft: they and the gates are trained, all else stays."""
 
     rank: Count = option("of the update of a matrix, which is scaled by 2")
-    targets: Patterns = option("names of the linear layers that get one", LINEAR)
+    targets: Patterns | None = option("names of the linear layers that get one; by default all in the blocks", None)
 
 
 @dataclass(config=STRICT)
@@ -261,7 +260,7 @@ class TrainingSection:
     freeze: list[str] = option("patterns of names of parameters that stay as they are, as in ['*layers.0.*']", [])
     lora: Annotated[LoraSection | None, PlainValidator(_read_lora)] = option(
         "train adapters of rank `rank` beside the linear layers `targets`, and the gates, as in {rank: 16}; all else "
-        f"stays; without targets {', '.join(LINEAR)}; needs model.pretrained and thoughtbubbles[peft]",
+        "stays; without targets all linear layers of the blocks; needs model.pretrained and thoughtbubbles[peft]",
         None,
     )
     moments_from: UserPath | None = option(

@@ -15,6 +15,8 @@ from thoughtbubbles.recipes.values import nearest
 BETAS = (0.9, 0.95)
 # Of an adapter's update, over its rank.
 ALPHA = 2
+LINEAR = {"qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Linear layers of blocks."""
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSection) -> AdamW:
@@ -77,10 +79,11 @@ def add_adapters(model: nn.Module, settings: LoraSection) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in settings.targets:
+    targets = sorted(linear & LINEAR) if settings.targets is None else settings.targets
+    for target in targets:
         if target not in linear:
             raise RecipeError(f"training.lora: target {target}: {nearest(target, sorted(linear))}")
-    config = LoraConfig(r=settings.rank, lora_alpha=ALPHA * settings.rank, target_modules=settings.targets)
+    config = LoraConfig(r=settings.rank, lora_alpha=ALPHA * settings.rank, target_modules=targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of names that peft uses and transformers renamed
         wrapped: nn.Module = get_peft_model(model, config)
