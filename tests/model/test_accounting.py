@@ -70,6 +70,13 @@ def test_parameters_of_biases(use_bias: bool, part: str, mlp: str) -> None:
     assert parameter_counts(config).gates == sum(parameter.numel() for parameter in model.model.gates.parameters())
 
 
+@pytest.mark.parametrize("scores", ["learned", "forks", "fixed"])
+def test_parameters_of_gates_with_a_start(scores: str) -> None:
+    config = ThoughtbubblesConfig(**SHAPE, gate_scores=scores, gate_start=0.1)
+    model = ThoughtbubblesForCausalLM(config)
+    assert parameter_counts(config).gates == sum(parameter.numel() for parameter in model.model.gates.parameters())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_of_presets(name: str) -> None:
     config = ThoughtbubblesConfig.preset(name)
@@ -329,6 +336,7 @@ class Case:
         {"budget": 4, "merge": "probability"},
         {"budget": 1.5, "gate_scores": "fixed"},
         {"budget": 1.5, "gate_scores": "forks", "fork_embedding": "relative"},
+        {"budget": 1.5, "gate_scores": "forks", "gate_start": 0.02},
         {**LLAMA, "routing": "none", "budget": 1},
         {**LLAMA, "budget": 2},
         {**LLAMA, "budget": 1.5, "gate_scores": "fixed", "merge": "residual-normed"},

@@ -331,3 +331,11 @@ def test_biases_are_those_of_all_but_where_a_part_has_its_own() -> None:
         for part in parts:
             other = ThoughtbubblesConfig(use_bias=use, **{f"{part}_bias": not use})
             assert [other.has_bias(each) for each in parts] == [use != (each == part) for each in parts]
+
+
+def test_yarn_turns_an_even_number_of_channels() -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    with pytest.raises(
+        ValueError, match=r"partial_rotary_factor=0\.5: expected a share of head_dim=10 that is an even"
+    ):
+        ThoughtbubblesConfig(head_dim=10, partial_rotary_factor=0.5, rope_parameters=rope)

@@ -42,6 +42,7 @@ from thoughtbubbles.model.streams import Streams
 FACTORS: dict[str, list[Any]] = {
     "routing": ["causal", "threshold", "topk", "none", "random", "random-topk", "uniform"],
     "gate_scores": ["learned", "forks", "fixed"],
+    "gate_start": [None, 0.1],
     "fork_embedding": ["absolute", "relative"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],

@@ -147,7 +147,8 @@ def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
     """Parameters of `ThoughtbubblesForCausalLM(config)` by part, a tied embedding counted once."""
     hidden, norm = config.hidden_size, _norm_parameters(config)
     block = 2 * norm + 2 * config.head_dim * config.qk_norm + _block_matrix(config) + _block_biases(config)
-    gate = hidden + (0 if config.gate_scores == "fixed" else hidden * (1 + config.use_bias) + 2 * hidden)
+    scored = hidden * (1 + config.use_bias) + 2 * hidden + (config.gate_start is not None)
+    gate = hidden + (0 if config.gate_scores == "fixed" else scored)
     pauses = (int(config.exact_budget()) - 1) * hidden if config.rule.with_vectors else 0
     return ParameterCounts(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),

@@ -256,6 +256,9 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         if turning == 0:
             allowed = f"a share of at least 1 / {self.head_dim}, one channel of a head (head_dim)"
             raise _invalid("partial_rotary_factor", self.partial_rotary_factor, allowed)
+        if turning % 2 and (self.rope_parameters or {}).get("rope_type") == "yarn":
+            allowed = f"a share of head_dim={self.head_dim} that is an even number of channels, as yarn needs"
+            raise _invalid("partial_rotary_factor", self.partial_rotary_factor, allowed)
         if turning + turning % 2 > self.head_dim:
             raise _invalid("head_dim", self.head_dim, "an even number, since all its channels turn, in pairs")
 

@@ -34,10 +34,10 @@ class ForkGate(nn.Module):
         self.fork_bias = None if self.start is None else nn.Parameter(torch.empty(1))
         self.is_relative = config.fork_embedding == "relative"
         self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.reset_embedding()
+        self.reset()
 
     @torch.no_grad()
-    def reset_embedding(self) -> None:
+    def reset(self) -> None:
         """Draw the fork embedding, as the release does or half as large as the residual that it is added to.
 
         The bias of the fork begins where a stream that the projection says nothing of has the configured start.

@@ -167,7 +167,7 @@ class ThoughtbubblesPreTrainedModel(SharedModel, CheckedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
         elif isinstance(module, ForkGate):
-            module.reset_embedding()
+            module.reset()
         elif isinstance(module, ScoreHistogram):
             module.forget()
 

@@ -261,6 +261,8 @@ def _candidate_scores(model: _Model, layer: int, streams: list[ReferenceStream])
             continue
         normed = model.layer_norm(f"model.gates.{layer}.norm", stream.residual)
         fork, keep = model.linear(f"model.gates.{layer}.projection", normed)
+        if (start := model.parameters.get(f"model.gates.{layer}.fork_bias")) is not None:
+            fork = fork + start[0]
         scores += [stream.log_score + F.logsigmoid(g).clamp(min=LOG_SCORE_FLOOR) for g in (fork, keep)]
         if model.config.gate_scores == "forks" and stream.is_root:
             scores[-1] = stream.log_score
