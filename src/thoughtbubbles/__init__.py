@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from thoughtbubbles.model.configuration import ThoughtbubblesConfig
     from thoughtbubbles.model.conversion import convert_released_state_dict
     from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM, ThoughtbubblesModel
+    from thoughtbubbles.model.retrofit import retrofit, retrofit_folder, to_dense, to_dense_folder
     from thoughtbubbles.model.streams import Streams
     from thoughtbubbles.model.threshold import update_thresholds
 
@@ -27,6 +28,10 @@ __all__ = [
     "ThoughtbubblesModel",
     "__version__",
     "convert_released_state_dict",
+    "retrofit",
+    "retrofit_folder",
+    "to_dense",
+    "to_dense_folder",
     "trace_bubbles",
     "update_thresholds",
 ]
@@ -38,6 +43,7 @@ _HOMES = {
     "ThoughtbubblesForCausalLM": "model.modeling",
     "ThoughtbubblesModel": "model.modeling",
     "convert_released_state_dict": "model.conversion",
+    **dict.fromkeys(("retrofit", "retrofit_folder", "to_dense", "to_dense_folder"), "model.retrofit"),
     "trace_bubbles": "inspection.trace",
     "update_thresholds": "model.threshold",
 }

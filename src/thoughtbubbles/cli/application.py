@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from thoughtbubbles.cli.data import make_task, prepare
 from thoughtbubbles.cli.evaluation import evaluate, exact_match, perplexity
 from thoughtbubbles.cli.generation import demo, generate, inspect
+from thoughtbubbles.cli.retrofitting import retrofit
 from thoughtbubbles.cli.training import compare, plan, train
 from thoughtbubbles.support import VERSION
 from thoughtbubbles.support.errors import InputError, RunError, ending
@@ -20,7 +21,10 @@ from thoughtbubbles.support.files import user_path
 
 # What the command line itself may get wrong; typer names only its last kind.
 UsageError: Any = typer.BadParameter.__base__
-COMMANDS = (prepare, make_task, train, compare, perplexity, generate, evaluate, exact_match, inspect, demo, plan)
+COMMANDS = (
+    *(prepare, make_task, train, compare, perplexity, generate, evaluate, exact_match, inspect, demo, plan),
+    retrofit,
+)
 
 
 class _Command(TyperCommand):
