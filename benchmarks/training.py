@@ -1,9 +1,9 @@
 """Speed of a training step, forward and backward with the optimizer, and where its time goes; as ratios in one run.
 
 The baselines are the dense model of the same length, transformers' GPT-NeoX class of the same shape, its Llama class
-beside our dense model with a Llama's block, and for each budget the dense model whose blocks compute as many positions as
-the Thoughtbubbles model's: what is left over that is gate, routing, gather and merge. The share of the machine's peak is
-that of the fastest matrix product found.
+beside our dense model with a Llama's block, and for each budget the dense model whose blocks compute as many positions
+as the Thoughtbubbles model's: what is left over that is gate, routing, gather and merge. The share of the machine's
+peak is that of the fastest matrix product found.
 
 With `--against CHECKOUT` it is the whole command that is timed instead: `thoughtbubbles train` with the demo's recipe,
 of this checkout and of another one, in pairs.

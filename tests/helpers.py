@@ -284,6 +284,19 @@ ROPES: list[Case] = [
 ]
 """Rotary embeddings whose frequencies are scaled."""
 
+LLAMA: Case = {
+    "norm": "rmsnorm",
+    "mlp": "gated",
+    "hidden_act": "silu",
+    "use_bias": False,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "qk_norm": True,
+}
+NEOX: Case = {"parallel_residual": True, "partial_rotary_factor": 0.25, "attention_bias": False}
+OTHER_BLOCKS = [LLAMA, NEOX, {**LLAMA, "parallel_residual": True, "rope_parameters": ROPES[2]}]
+"""Blocks that differ from the paper's in all that counts."""
+
 # The rules beside `causal` by which no logit depends on a later token.
 LEFT_TO_RIGHT: list[Case] = [
     {"routing": "threshold", "budget": 1.5},

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import randomise
+from tests.helpers import LLAMA, NEOX, randomise
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.model.accounting import (
     activation_bytes,
@@ -32,17 +32,6 @@ from thoughtbubbles.model.memory import BLOCK
 from thoughtbubbles.model.rules import RULES
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "fork_layers": [1, 2]}
-LLAMA: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "mlp": "gated",
-    "hidden_act": "silu",
-    "use_bias": False,
-    "num_key_value_heads": 1,
-    "head_dim": 10,
-    "qk_norm": True,
-}
-NEOX: dict[str, Any] = {"parallel_residual": True, "partial_rotary_factor": 0.25, "attention_bias": False}
-"""Blocks that differ from the paper's in all that counts."""
 GATED = ("causal", "threshold", "topk", "random", "uniform")
 SPENDING = [
     *((routing, budget) for routing in (*GATED, "none") for budget in (1, 1.2, 2, 4)),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer, pipeline
 
-from tests.helpers import LEFT_TO_RIGHT, of_whole_models, set_thresholds
+from tests.helpers import LEFT_TO_RIGHT, OTHER_BLOCKS, of_whole_models, set_thresholds
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.model.cache import StreamCache
 from thoughtbubbles.model.memory import BLOCK, RowBuffer
@@ -104,6 +104,18 @@ def test_every_merge_and_the_dense_model(merge: str, routing: str) -> None:
     with torch.no_grad():
         full = model(ids, attention_mask=mask).logits
     assert agree(in_chunks(model, ids, mask, [4, 1, 1, 8, 1, 8]), full, mask)
+
+
+@pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
+@pytest.mark.parametrize("block", OTHER_BLOCKS, ids=["llama", "neox", "both"])
+def test_each_step_by_other_blocks(block: dict[str, Any], attenuation: str) -> None:
+    """Chunks, steps alone, and rows that wait for each other: queries that share a key stand behind each other."""
+    model = make(attenuation=attenuation, **block)
+    for rows in (1, 4):
+        ids, mask = ids_and_mask(rows)
+        with torch.no_grad():
+            full = model(ids, attention_mask=mask).logits
+        assert agree(in_chunks(model, ids, mask, [9, 1, 1, 5, *[1] * (LENGTH - 16)]), full, mask)
 
 
 @every_rule

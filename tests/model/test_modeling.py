@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.helpers import (
+    OTHER_BLOCKS,
     ROPES,
     VOCAB,
     Case,
@@ -772,6 +773,40 @@ def test_gradient_checkpointing_changes_nothing(dropout: float, routing: str) ->
     assert survivors_of(streams, layers) == survivors_of(streams_again, layers)
     assert gradients.keys() == gradients_again.keys()
     assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("block", OTHER_BLOCKS, ids=["llama", "neox", "both"])
+def test_other_blocks_recomputed_give_the_same_gradients(block: dict[str, Any]) -> None:
+    model, ids = tiny_model(**block).train(), random_ids(2, 9)
+    kept = trained_once(model, ids)[2]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    recomputed = trained_once(model, ids)[2]
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("block", OTHER_BLOCKS, ids=["llama", "neox", "both"])
+def test_other_blocks_are_causal_and_blind_to_padding(block: dict[str, Any]) -> None:
+    model, ids = tiny_model(budget=1.5, **block), random_ids(2, 19)
+    whole = model(ids).logits
+    for length in (1, 7, 18):
+        assert torch.allclose(model(ids[:, :length]).logits, whole[:, :length], rtol=0, atol=1e-5)
+    for place in PLACES.values():
+        padded, mask = put_at(ids[0, :7], place, 13, filler=4)
+        assert torch.allclose(
+            model(padded, attention_mask=mask).logits[0, list(place)], whole[0, :7], rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("block", OTHER_BLOCKS, ids=["llama", "neox", "both"])
+def test_other_blocks_in_bfloat16_stay_near_float32(block: dict[str, Any]) -> None:
+    model, ids = tiny_model(budget=1, **block), random_ids(3, 17)
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(ids).logits
+    narrow = model.to(torch.bfloat16)(ids).logits
+    for found in (cast, narrow):
+        assert (found.float() - expected).norm() < 0.03 * expected.norm()
 
 
 def test_gradient_checkpointing_recomputes_blocks_but_never_routes_again() -> None:

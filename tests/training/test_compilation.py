@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import OTHER_BLOCKS, random_ids, tiny_model
 from tests.run_fixtures import tiny_recipe
 from tests.training.test_run import MEASURED
 from thoughtbubbles import ThoughtbubblesForCausalLM
@@ -92,6 +92,18 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     assert graphs.frame_count == len(budgets) + 1
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
+
+
+@long
+@pytest.mark.parametrize("block", OTHER_BLOCKS, ids=["llama", "neox", "both"])
+@pytest.mark.parametrize("pieces", ["blocks", "whole"])
+def test_other_blocks_compile(block: dict[str, Any], pieces: str, graphs: CompileCounterWithBackend) -> None:
+    shape = {"num_hidden_layers": 2, "fork_layers": [1], "budget": 1.5, **block}
+    eager, compiled = tiny_model(**shape), tiny_model(**shape)
+    compile_model(compiled, pieces, backend=graphs)
+    found, expected = (trained(model, random_ids(2, 9), 1, 1.5) for model in (compiled, eager))
+    torch.testing.assert_close(found, expected)
+    assert not counters["graph_break"]
 
 
 @long

@@ -1,5 +1,6 @@
 """Several processes, started by torchrun, train the run that one process trains."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import LLAMA
 from tests.run_fixtures import tiny_recipe
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.model.accounting import SHARDINGS
@@ -116,6 +118,14 @@ def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
     run(tmp_path, tiny_data.path, 1, "training.sharding=fsdp")
     assert_same_curve(tmp_path / "run", tiny_run)
     assert not is_divided(tmp_path / "run" / "checkpoints" / f"{PREFIX}12")
+
+
+@pytest.mark.long
+def test_another_block_divided_over_two_processes_trains_as_one(tmp_path: Path, tiny_data: PreparedData) -> None:
+    block = [f"model.{name}={json.dumps(value)}" for name, value in LLAMA.items()]
+    for processes in (1, 2):
+        run(tmp_path / str(processes), tiny_data.path, processes, "training.sharding=fsdp", *block)
+    assert_same_curve(tmp_path / "2" / "run", tmp_path / "1" / "run")
 
 
 @pytest.mark.long
