@@ -124,6 +124,7 @@ def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
 def test_another_block_divided_over_two_processes_trains_as_one(tmp_path: Path, tiny_data: PreparedData) -> None:
     block = [f"model.{name}={json.dumps(value)}" for name, value in LLAMA.items()]
     for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
         run(tmp_path / str(processes), tiny_data.path, processes, "training.sharding=fsdp", *block)
     assert_same_curve(tmp_path / "2" / "run", tmp_path / "1" / "run")
 

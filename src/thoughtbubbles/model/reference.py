@@ -75,6 +75,7 @@ class _Model:
     fork_layers: frozenset[int]
     copies: dict[int, int]  # at which layer every token becomes how many streams
     routing_step: int
+    rotary: tuple[list[float], float]  # angles a position of each pair that turns; the factor on cosines and sines
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply the matrix `name`, and its bias where it has one: [in] to [out]."""
@@ -385,12 +386,10 @@ def rotary_frequencies(config: Any) -> tuple[list[float], float]:
 def _rotate(x: Tensor, position: Fraction, frequencies: Sequence[float], factor: float = 1.0) -> Tensor:
     """Rotate every head of x [H, K] to a position; of R = 2 len(frequencies) channels j pairs with j + R/2."""
     half = len(frequencies)
-    turned = x.clone()
-    for j, frequency in enumerate(frequencies):
-        cos, sin = (factor * turn(float(position) * frequency) for turn in (math.cos, math.sin))
-        turned[:, j] = x[:, j] * cos - x[:, j + half] * sin
-        turned[:, j + half] = x[:, j + half] * cos + x[:, j] * sin
-    return turned
+    angle = float(position) * torch.tensor(frequencies, dtype=torch.float64, device=x.device)
+    first, second, others = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    cos, sin = factor * angle.cos(), factor * angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, others], dim=-1)
 
 
 def _with_last_channel(x: Tensor, value: Tensor) -> Tensor:
@@ -413,7 +412,7 @@ def _project(model: _Model, layer: int, stream: ReferenceStream, position: Fract
     q, k, v = projected.view(-1, model.config.head_dim).split([heads, groups, groups])
     if model.config.qk_norm:
         q, k = model.rms_norm(f"{name}.q_norm", q), model.rms_norm(f"{name}.k_norm", k)
-    q, k = (_rotate(x, position, *rotary_frequencies(model.config)) for x in (q, k))
+    q, k = (_rotate(x, position, *model.rotary) for x in (q, k))
     if model.config.attenuation == "released" and model.fork_layers:
         q = _with_last_channel(q, torch.ones_like(stream.log_score))
         k = _with_last_channel(k, stream.log_score)
@@ -547,7 +546,7 @@ def _model(config: Any, parameters: Mapping[str, Tensor], budget: Any, routing_s
             raise ValueError(f"budget: expected a whole number for routing {config.routing}, got {exact_budget}")
         copies[config.copy_layer if config.routing == "copy" else 0] = int(exact_budget)
     wide = {name: parameter.to(torch.float64) for name, parameter in parameters.items()}
-    return _Model(config, wide, exact_budget, fork_layers, copies, routing_step)
+    return _Model(config, wide, exact_budget, fork_layers, copies, routing_step, rotary_frequencies(config))
 
 
 def reference_forward(
