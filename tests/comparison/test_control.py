@@ -153,7 +153,7 @@ def test_deeper_and_wider_cost_what_causal_does(planner: RunPlanner, report: Rep
     target = training_flops(causal, 16)
     for name, fields in (
         ("deeper", ("num_hidden_layers",)),
-        ("wider", ("hidden_size", "intermediate_size")),
+        ("wider", ("hidden_size", "intermediate_size", "head_dim")),
     ):
         config = runs[name].config
         changed = {field for field, value in config.to_dict().items() if value != dense.to_dict()[field]}
@@ -161,7 +161,7 @@ def test_deeper_and_wider_cost_what_causal_does(planner: RunPlanner, report: Rep
         assert runs[name].recipe.training.steps == runs["causal"].recipe.training.steps
         step = 1 if name == "deeper" else 2 * dense.num_attention_heads
         for size in (getattr(config, fields[0]) - step, getattr(config, fields[0]) + step):
-            other = type(config)(**{**config.to_dict(), fields[0]: size})
+            other = type(config)(**{**config.to_dict(), "head_dim": None, fields[0]: size})
             other.intermediate_size = round(dense.intermediate_size * other.hidden_size / dense.hidden_size)
             # No neighbour comes nearer.
             assert abs(training_flops(config, 16) - target) <= abs(training_flops(other, 16) - target)
