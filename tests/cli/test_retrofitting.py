@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from typer.testing import CliRunner
 
 from tests.tokenizer_kinds import CORPUS, byte_level
 from thoughtbubbles.cli import app
+from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.data import prepare
 from thoughtbubbles.model.loading import load_config, load_model
-from thoughtbubbles.recipes.comparison import parse_comparison
-from thoughtbubbles.recipes.training import parse_recipe
+from thoughtbubbles.recipes.comparison import load_comparison
+from thoughtbubbles.recipes.training import Recipe, parse_recipe
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.training.run import train
+from thoughtbubbles.training.session import Callback, Session
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +95,39 @@ def work(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(work: Path, name: str, model: dict[str, Any], **training: Any) -> Path:
+class Kill(Callback):
+    """Ends the training behind step 2, like a crash."""
+
+    def on_step_end(self, session: Session) -> None:
+        if session.step == 2:
+            raise KeyboardInterrupt
+
+
+def recipe_from(work: Path, name: str, model: dict[str, Any], **training: Any) -> Recipe:
     settings = {"output": str(work / name), "steps": 3, "batch_size": 4, "learning_rate": 1e-2, "eval_every": 3}
-    train(
-        parse_recipe(
-            {
-                "model": {"pretrained": str(work / "out"), **model},
-                "data": {"path": str(work / "data"), "eval_blocks": 4, "final_eval_blocks": 4},
-                "training": {**settings, **training},
-            }
-        ),
-        progress=False,
+    return parse_recipe(
+        {
+            "model": {"pretrained": str(work / "out"), **model},
+            "data": {"path": str(work / "data"), "eval_blocks": 4, "final_eval_blocks": 4},
+            "training": {**settings, **training},
+        }
     )
+
+
+def trained(work: Path, name: str, model: dict[str, Any], **training: Any) -> Path:
+    train(recipe_from(work, name, model, **training), progress=False)
     return work / name
+
+
+@pytest.mark.parametrize("routing", ["causal", "none"])
+def test_it_goes_on_as_if_never_interrupted(work: Path, routing: str) -> None:
+    whole = trained(work, f"whole-{routing}", {"routing": routing}, save_every=1)
+    killed = recipe_from(work, f"killed-{routing}", {"routing": routing}, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, progress=False, callbacks=[Kill()])
+    train(killed, progress=False)
+    one, two = (load_model(folder).state_dict() for folder in (whole, work / f"killed-{routing}"))
+    assert all(one[name].equal(two[name]) for name in one)
 
 
 def test_it_trains_on_and_the_way_back_tells_what_it_costs(work: Path) -> None:
@@ -135,13 +158,15 @@ def test_adapters_and_gates_are_trained_over_a_frozen_base(work: Path) -> None:
 
 
 def test_variants_of_a_comparison_start_from_it(work: Path) -> None:
-    comparison = parse_comparison(
-        {
-            "output": str(work / "compared"),
-            "model": {"pretrained": str(work / "out")},
-            "data": {"path": str(work / "data")},
-            "training": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
-            "variants": {"dense": None, "causal": None, "one": {"like": "budget-1"}, "four": {"model": {"budget": 4}}},
-        }
-    )
-    assert list(comparison.variants) == ["dense", "causal", "one", "four"]
+    overrides = [f"output={work / 'compared'}", f"model.pretrained={work / 'out'}", f"data.path={work / 'data'}"]
+    runs = {
+        run.variant: run for run in RunPlanner(load_comparison("recipes/compare/retrofit.yaml", overrides)).runs({})
+    }
+    budgets = {name: int(run.config.exact_budget()) for name, run in runs.items() if run.config.gated_layers}
+    assert budgets == {"budget-1": 1, "causal": 2, "causal-4": 4, "gates-alone": 2, "lora": 2}
+    assert not runs["dense"].config.gated_layers
+    assert all(run.config.dense_config["model_type"] == "llama" for run in runs.values())
+    names = {"lm_head.weight", *load_model(work / "out").state_dict()}
+    frozen = runs["gates-alone"].recipe.training.freeze
+    left = {name for name in names if not any(fnmatchcase(name, pattern) for pattern in frozen)}
+    assert left == {name for name in names if name.startswith("model.gates.")}
