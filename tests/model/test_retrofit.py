@@ -78,6 +78,11 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+OFTEN = ("llama", "qwen3", "neox")
+EVERY = [pytest.param(kind, marks=[] if kind in OFTEN else [pytest.mark.long]) for kind in KINDS]
+"""All kinds, of which the quick tests take some."""
+
+
 def dense(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of another class whose attention is far from even."""
     config = type(KINDS[kind]).from_dict({**KINDS[kind].to_dict(), **changes})
@@ -138,7 +143,7 @@ def test_with_a_cache(kind: str) -> None:
     assert close(torch.cat(parts, 1), theirs(ids).logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_gradients(kind: str) -> None:
     theirs, ids = dense(kind), random_ids(2, 24)
     ours = retrofit(theirs)
@@ -153,7 +158,7 @@ def test_gradients(kind: str) -> None:
         assert close(found, wanted[name], 1e-4), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_bfloat16_is_no_further_than_two_kernels_are_apart(kind: str) -> None:
     theirs, ids = dense(kind).bfloat16(), random_ids(4, 40)
     sdpa = theirs(ids).logits.double()
