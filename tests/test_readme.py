@@ -115,9 +115,10 @@ def test_presets_of_the_page_are_those_that_there_are() -> None:
     assert [row[0].strip("`") for row in rows] == list(PRESETS)
     for name, *cells in rows:
         made = ThoughtbubblesConfig.preset(name.strip("`"))
+        heads, groups = made.num_attention_heads, made.num_key_value_heads
         assert cells == [
             f"{made.num_hidden_layers} x {made.hidden_size}",
-            str(made.num_attention_heads),
+            str(heads) if groups == heads else f"{heads} on {groups}",
             ", ".join(map(str, made.gated_layers)),
             f"{made.vocab_size:,}",
             f"{made.max_position_embeddings:,}",
