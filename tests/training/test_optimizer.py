@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.helpers import tiny_model
 from tests.run_fixtures import BLOCK, tiny_recipe
-from tests.training.test_run import Kill, comparable, train_with
+from tests.training.test_run import Kill, comparable, train_with, trained_budgets
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data import PreparedData
 from thoughtbubbles.model.accounting import training_flops
@@ -180,16 +180,7 @@ def test_the_budget_rises_in_rungs(tmp_path: Path, tiny_data: PreparedData) -> N
         == [f"{each}" for each in ("1", "5/4", "3/2", "7/4", "2", "9/4", "5/2", "11/4") for _ in "12"] + [None] * 16
     )
     recipe = tiny_recipe(tmp_path, tiny_data.path, "training.budget_ramp=0.5", "model.budget=2")
-    seen: list[str] = []
-    forward = ThoughtbubblesForCausalLM.forward
-
-    def spy(self, *args, budget=None, **kwargs):
-        if self.training:
-            seen.append(str(budget))
-        return forward(self, *args, budget=budget, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThoughtbubblesForCausalLM, "forward", spy)
+    with trained_budgets() as seen:
         summary = train(recipe, progress=False)
     assert seen == ["1", "9/8", "5/4", "3/2", "13/8", "7/4", *["None"] * 6]
     config = ThoughtbubblesForCausalLM.from_pretrained(tmp_path / "run" / "model").config

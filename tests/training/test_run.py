@@ -3,6 +3,8 @@ import math
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -356,9 +358,9 @@ def test_bfloat16_is_autocast(tmp_path: Path, tiny_run: Path, tiny_data: Prepare
     assert model.dtype == torch.float32
 
 
-def test_budgets_are_drawn_for_each_step_and_evaluated(tmp_path: Path, tiny_data: PreparedData) -> None:
-    overrides = ("training.training_budgets=[1, 3/2, 2.5]", "training.eval_budgets=[1, 2.5]", "training.steps=24")
-    recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides, "training.micro_batch_size=2", "training.eval_every=24")
+@contextmanager
+def trained_budgets() -> Iterator[list[str]]:
+    """The budgets of the forward passes in training while the block runs, in words."""
     seen: list[str] = []
     forward = ThoughtbubblesForCausalLM.forward
 
@@ -369,6 +371,13 @@ def test_budgets_are_drawn_for_each_step_and_evaluated(tmp_path: Path, tiny_data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThoughtbubblesForCausalLM, "forward", spy)
+        yield seen
+
+
+def test_budgets_are_drawn_for_each_step_and_evaluated(tmp_path: Path, tiny_data: PreparedData) -> None:
+    overrides = ("training.training_budgets=[1, 3/2, 2.5]", "training.eval_budgets=[1, 2.5]", "training.steps=24")
+    recipe = tiny_recipe(tmp_path, tiny_data.path, *overrides, "training.micro_batch_size=2", "training.eval_every=24")
+    with trained_budgets() as seen:
         summary = train(recipe, progress=False)
     assert seen[::2] == seen[1::2] == [str(budget_of_step([1, "3/2", 2.5], 0, step)) for step in range(1, 25)]
     assert set(seen) == {"1", "3/2", "2.5"}

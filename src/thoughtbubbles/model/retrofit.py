@@ -238,10 +238,11 @@ def _plan(
         dtype=dtype or dense.dtype or _first_type(shapes),
         dense_config=_described(dense),
     )
-    expected = {theirs: part for ours, part in _empty_weights(config).items()
+    empty = _empty_weights(config)
+    expected = {theirs: part for ours, part in empty.items()
                 for theirs, part in zip(family.names(ours), family.split(ours, part, config), strict=True)}  # fmt: skip
     _check_weights(expected, {name: shapes[stored] for name, stored in names.items() if name in expected})
-    sources = {ours: [names[theirs] for theirs in family.names(ours)] for ours in _empty_weights(config)}
+    sources = {ours: [names[theirs] for theirs in family.names(ours)] for ours in empty}
     used = {stored for several in sources.values() for stored in several} | {names.get(head)}
     left_out = sorted(stored for stored in shapes if stored not in used and not family.is_unused(stored))
     if sinks := [name for name in left_out if "sink" in name]:

@@ -23,19 +23,12 @@ from thoughtbubbles.data.feed.rundata import Batch, RunData, Streamed
 from thoughtbubbles.model.loss import IGNORE_INDEX
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.threshold import update_thresholds
-from thoughtbubbles.recipes.training import Recipe, TrainingSection
+from thoughtbubbles.recipes.training import Recipe
 from thoughtbubbles.support.errors import RunError, RunInterrupted, is_disk_full
-from thoughtbubbles.support.files import partial_path, replacing, write_text
+from thoughtbubbles.support.files import write_text
 from thoughtbubbles.support.machine import measured_peak
 from thoughtbubbles.support.signals import StopRequest, interrupted
-from thoughtbubbles.training.checkpoints import (
-    PREFIX,
-    Checkpoint,
-    disk_full,
-    last_checkpoint,
-    prune,
-    seal,
-)
+from thoughtbubbles.training.checkpoints import PREFIX, Checkpoint, disk_full, last_checkpoint, prune, seal
 from thoughtbubbles.training.folder import CHECKPOINTS_NAME, DIVERGED_NAME
 from thoughtbubbles.training.forks import ForkStatistics
 from thoughtbubbles.training.meter import Clock, Meter, peak_memory, training_budget
@@ -126,7 +119,8 @@ class Loop(Session):
                 self.begin()
                 self.tell("on_step_end")
                 going = not self._must_stop()
-                log, evaluate, save = (self.step % n == 0 for n in _every(settings))
+                intervals = settings.log_every, settings.eval_every, settings.save_every
+                log, evaluate, save = (self.step % interval == 0 for interval in intervals)
                 save = save or not going or self.step == self.steps
                 if log or evaluate or save:
                     self._check_finite()
@@ -167,8 +161,9 @@ class Loop(Session):
         micro_batches, logged = list(islice(batches, self.passes)), step % settings.log_every == 0
         targets, budget = self._count_targets(micro_batches), training_budget(settings, self.model.config.budget, step)
         self.model.model.routing_step.fill_(step)
+        self._rate = rate_of_step(settings, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_of_step(settings, step)
+            group["lr"] = group["peak"] * self._rate
         self.model.train()
         losses = []
         for number, batch in enumerate(micro_batches, 1):
@@ -218,7 +213,7 @@ class Loop(Session):
             "loss": loss,
             "perplexity": math.exp(min(loss, MOST_NATS)),
             "grad_norm": self._norm.item(),
-            "learning_rate": self.recipe.training.learning_rate * rate_of_step(self.recipe.training, step),
+            "learning_rate": self.recipe.training.learning_rate * self._rate,
             **self._fork_figures,
             "tokens_per_second": tokens,
             "mfu": flops / self._peak / self.state.num_processes,
@@ -266,7 +261,7 @@ class Loop(Session):
         """Write a checkpoint under a temporary name, seal it, rename it, prune the old ones."""
         target, main = self.folder / f"{PREFIX}{self.step}", self.state.is_main_process
         loss_sum = reduce(self._loss_sum, "mean").item()
-        with replacing(target) if main else nullcontext(partial_path(target)) as partial:
+        with self.replacing(target) as partial:
             if main:
                 partial.mkdir(parents=True)
             self.state.wait_for_everyone()
@@ -316,7 +311,3 @@ class Loop(Session):
             f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: stopped before the update. "
             f"The batch is in {path}; {last_checkpoint(self.folder)}"
         )
-
-
-def _every(settings: TrainingSection) -> tuple[int, int, int]:
-    return settings.log_every, settings.eval_every, settings.save_every

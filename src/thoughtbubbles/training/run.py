@@ -1,7 +1,7 @@
 """A training run: from a recipe to metrics, checkpoints and a trained model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from thoughtbubbles.model.sharing import write_model_card
 from thoughtbubbles.model.weights import list_names
 from thoughtbubbles.recipes.training import Recipe, RecipeError
 from thoughtbubbles.support.errors import RunError, is_disk_full, is_out_of_memory, one_line
-from thoughtbubbles.support.files import partial_path, replacing
 from thoughtbubbles.support.machine import choose_precision, device_type, has_bfloat16
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
@@ -246,7 +245,7 @@ def _save_model(loop: Loop, output: Path, summary: RunSummary) -> None:
     if loop.adapted is not None:
         loop.adapted.merge_and_unload()  # type: ignore[operator]
     weights = whole_weights(loop.model) if loop.divided else None
-    with replacing(output / "model") if main else nullcontext(partial_path(output / "model")) as partial:
+    with loop.replacing(output / "model") as partial:
         if main:
             loop.model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)

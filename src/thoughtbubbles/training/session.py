@@ -1,7 +1,8 @@
 """A run in memory: what its loop, its evaluations and its callbacks share."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from thoughtbubbles.data.feed.rundata import Batch, RunData, check_batch
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.recipes.training import Recipe
+from thoughtbubbles.support.files import partial_path, replacing
 from thoughtbubbles.support.signals import StopRequest
 
 __all__ = ["Callback"]
@@ -61,6 +63,10 @@ class Session:
     def on_device(self, batch: Batch) -> Batch:
         """A batch where the model is."""
         return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+
+    def replacing(self, path: Path) -> AbstractContextManager[Path]:
+        """As `files.replacing` by the first process; the others get the temporary name that it writes to."""
+        return replacing(path) if self.state.is_main_process else nullcontext(partial_path(path))
 
     def tell(self, event: str, *arguments: Any) -> None:
         """Call a method of every callback."""
