@@ -104,6 +104,15 @@ def test_a_gate_that_is_damaged_is_not_taken_for_a_changed_one(model: Path, tiny
         start(recipe_from(model, tiny_data, fork_layers=[0, 2]))
 
 
+def test_what_ends_a_generation_of_the_model_is_kept(model: Path, tiny_data: PreparedData) -> None:
+    path = model / "generation_config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps({**own, "eos_token_id": [7, own["eos_token_id"]]}))
+    recipe = recipe_from(model, tiny_data)
+    started = start(recipe)
+    assert started.generation_config.eos_token_id == [7, started.config.eos_token_id]
+
+
 def test_untying_starts_from_the_tied_matrix(model: Path, tiny_data: PreparedData) -> None:
     started = start(recipe_from(model, tiny_data, tie_word_embeddings=False, fork_layers=[0, 2]))
     assert torch.equal(started.lm_head.weight, started.model.embed_tokens.weight)

@@ -187,11 +187,18 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
         model, changes = start_from(pretrained, config)
         if changes:
             say(f"model.pretrained={pretrained}: {changes}", progress)
-    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.eos_token_id = _all_ends(model.generation_config.eos_token_id, config.eos_token_id)
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it, 5.17 knows the older name alone.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
+
+
+def _all_ends(*several: int | list[int] | None) -> int | list[int] | None:
+    """The tokens that end a generation by one setting or another, those of a model that a run starts from kept."""
+    listed = [each if isinstance(each, list) else [each] for each in several if each is not None]
+    ends = list(dict.fromkeys(token for each in listed for token in each))
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def build_loop(
