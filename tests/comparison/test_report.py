@@ -20,7 +20,7 @@ from thoughtbubbles.comparison.figures import (
     half_figure,
     matrix_figure,
 )
-from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
+from thoughtbubbles.comparison.measuring import Measurements, validation_lots
 from thoughtbubbles.comparison.pages import markdown, page, write_report
 from thoughtbubbles.comparison.results import Report, build_report
 from thoughtbubbles.comparison.runs import RunPlanner
@@ -38,7 +38,8 @@ def report(finished: RunPlanner) -> Report:
 
 def test_losses_are_those_of_the_saved_models(finished: RunPlanner, report: Report) -> None:
     row = report.find("causal")
-    blocks = validation_blocks(finished.data, 5)
+    (lot,) = validation_lots(finished.data, 5)
+    blocks = lot.rows
     assert blocks.shape[0] == 5
     folder = finished.comparison.output / "runs" / "causal"
     losses = [evaluate_perplexity(load_model(folder / f"seed-{seed}"), blocks).loss for seed in (0, 1)]
@@ -78,7 +79,8 @@ def test_prefix_differences_vanish_unless_routing_leaks(finished: RunPlanner, re
     for name in ("dense", "budget-1", "copy-root", "causal"):
         assert report.find(name).prefix.mean == pytest.approx(0, abs=1e-5)
     folder = finished.comparison.output / "runs" / "topk" / "seed-0"
-    blocks = validation_blocks(finished.data, 3)
+    (lot,) = validation_lots(finished.data, 3)
+    blocks = lot.rows
     model = load_model(folder)
     modes = [token_losses(model, blocks, mode, positions=[4, 12]) for mode in ("prefix", "blockwise")]
     expected = (modes[0] - modes[1]).mean(1)

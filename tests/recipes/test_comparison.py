@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.comparison.conftest import tiny_comparison
 from thoughtbubbles.comparison.runs import RunPlanner
@@ -18,6 +19,18 @@ LEAST = {"output": "out", "data": {"path": "data"}, "training": {"steps": 4}}
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path: Path) -> None:
     assert load_comparison(path).variants
+
+
+def test_a_training_recipe_is_taken_over_without_its_run(tmp_path: Path) -> None:
+    run = {**LEAST, "training": {"output": "elsewhere", "seed": 3, "steps": 5}}
+    del run["output"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (tmp_path / "compare.yaml").write_text("extends: run.yaml\noutput: out\ntraining: {batch_size: 2}\n")
+    made = load_comparison(tmp_path / "compare.yaml")
+    assert made.base["training"] == {"steps": 5, "batch_size": 2}
+    (tmp_path / "compare.yaml").write_text("extends: run.yaml\noutput: out\ntraining: {seed: 2}\n")
+    with pytest.raises(RecipeError, match=r"training\.seed: the comparison sets it"):
+        load_comparison(tmp_path / "compare.yaml")
 
 
 def test_overrides_reach_every_level(tmp_path: Path) -> None:
@@ -52,7 +65,16 @@ def test_every_key_is_described() -> None:
         ({"seed": 1}, "unknown section seed: did you mean seeds"),
         ({"seeds": []}, "seeds=[]: expected one or more, all different"),
         ({"title": 3}, "title=3: expected text"),
-        ({"task": "sft"}, "task='sft': expected pretrain"),
+        ({"task": "sleep"}, "task='sleep': expected pretrain or sft"),
+        (
+            {"task": "sft", "data": {"source": "a.jsonl"}, "tuning": {"learning_rates": [1e-3], "data": "./a.jsonl"}},
+            "tuning.data=./a.jsonl: expected other data than data.source",
+        ),
+        (
+            {"data": {"validation_source": "a"}, "tuning": {"learning_rates": [1e-3], "data": "a"}},
+            "tuning.data=a: expected other data than data.validation_source",
+        ),
+        ({"evaluation": {"questions": 3}}, "evaluation.questions=3: expected"),
         ({"training": {"seed": 1}}, "training.seed: the comparison sets it"),
         ({"tuning": {"learning_rates": [1e-3]}}, "tuning.data is missing"),
         (

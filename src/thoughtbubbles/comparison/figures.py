@@ -224,7 +224,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _say_when(figure: Figure, report: Report) -> None:
     """Why curves do not end at the losses of the tables."""
-    blocks = f"{report.data['blocks']:,} blocks"
+    blocks = f"{report.data['blocks']:,} {report.data['unit']}"
     figure.supxlabel(
         f"measured while training; the losses of the tables are measured afterwards, on {blocks}", fontsize=9
     )

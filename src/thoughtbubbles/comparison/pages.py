@@ -79,7 +79,7 @@ def status(report: Report) -> list[str]:
     lines = [
         *control_lines(report.trials),
         f"Data {report.data['source']}, seeds {', '.join(map(str, report.seeds))}; all variants of a seed see the same "
-        "blocks in the same order.",
+        f"{report.data['unit']} in the same order.",
     ]
     if report.missing:
         lines.append(f"Not finished: {', '.join(report.missing)}.")

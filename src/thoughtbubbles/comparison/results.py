@@ -11,7 +11,8 @@ import numpy as np
 
 from thoughtbubbles.comparison.compare import Progress, Tuned
 from thoughtbubbles.comparison.control import Trial, is_dense, kind_of, rate_caveat
-from thoughtbubbles.comparison.measuring import Measurements, validation_blocks
+from thoughtbubbles.comparison.measuring import Measurements, validation_lots
+from thoughtbubbles.comparison.questions import ExactMatchResult, exact_match_of
 from thoughtbubbles.comparison.runs import Run, RunPlanner
 from thoughtbubbles.model.accounting import cache_bytes, decoding_flops, parameter_counts
 from thoughtbubbles.model.budget import budget_text
@@ -70,6 +71,7 @@ class VariantResult:
         at_budget: by test budget.
         decoding_flops: of a token at the end of a block, with a cache.
         cache_bytes: per token of such a context.
+        exact_match: what its models answered; None where the recipe names no questions.
     """
 
     name: str
@@ -97,6 +99,7 @@ class VariantResult:
     at_budget: dict[str, AtBudget]
     decoding_flops: float
     cache_bytes: float
+    exact_match: ExactMatchResult | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Report:
         pairs: differences that answer what a reader asks first.
         curves: by variant.
         settings: what it was made from: the sections of the recipe.
-        data: source and how many validation blocks.
+        data: source, tokens of the longest block or row, how many were measured, and what they are called.
         machines: on which the runs were made, each once.
     """
 
@@ -234,7 +237,8 @@ def build_report(planner: RunPlanner, progress: Progress) -> Report:
         data={
             "source": ", ".join(Path(part).name for part in planner.data.source.split(", ")),
             "block_size": planner.data.longest,
-            "blocks": len(validation_blocks(planner.data, comparison.evaluation.blocks)),
+            "blocks": sum(len(lot.places) for lot in validation_lots(planner.data, comparison.evaluation.blocks)),
+            "unit": "rows" if comparison.base["task"] == "sft" else "blocks",
         },
         machines=_machines(progress.finished),
     )
@@ -289,6 +293,7 @@ def _row(planner: RunPlanner, runs: Sequence[Run], found: Losses, baseline: str)
         at_budget=_at_budgets(measured, own),
         decoding_flops=decoding_flops(config, length),
         cache_bytes=cache_bytes(config, length) / length,
+        exact_match=exact_match_of(found, name, baseline),
     )
 
 

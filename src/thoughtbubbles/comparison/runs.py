@@ -12,7 +12,7 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.data.feed.rundata import RunData, check_batch
 from thoughtbubbles.model.accounting import count_parameters, training_flops
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
-from thoughtbubbles.recipes.comparison import Comparison, variant_sections
+from thoughtbubbles.recipes.comparison import Comparison, tuning_sections, variant_sections
 from thoughtbubbles.recipes.training import Precision, Recipe, RecipeError, lay_over, load_recipe, parse_recipe
 from thoughtbubbles.recipes.variants import Variant
 from thoughtbubbles.training.configuration import build_config
@@ -47,6 +47,18 @@ class Run:
         return "/".join(self.folder.parts[-2:])
 
 
+@dataclass(frozen=True)
+class _Uniform:
+    """Rows as long as the longest, by which runs are planned: to look at every row would take too long."""
+
+    uniform_length: int | None
+
+    def length(self, index: int) -> int:
+        """The same for all."""
+        assert self.uniform_length is not None
+        return self.uniform_length
+
+
 class RunPlanner:
     """Makes the recipes of a comparison's runs.
 
@@ -64,6 +76,7 @@ class RunPlanner:
         self._verify = verify
         first = self._recipe(Variant(title="base"), comparison.settings.seeds[0], Path())
         self.data = load_run_data(first, progress=False, verify=verify)
+        self._uniform = _Uniform(self.data.longest)
         self.tuning_data = None if comparison.tuning is None else self._load_tuning_data(comparison.tuning.data)
         grown = {name: self._grown(name, variant) for name, variant in comparison.variants.items()}
         self.comparison = replace(comparison, variants=grown)
@@ -75,7 +88,7 @@ class RunPlanner:
         for name in self.comparison.variants:
             run = self._run(name, self.comparison.variants[name], self.comparison.settings.seeds[0], None)
             settings = run.recipe.training
-            meter = Meter(run.recipe, run.config, self.data.samples, settings.batch_size)
+            meter = Meter(run.recipe, run.config, self._uniform, settings.batch_size)
             line = f"{name}: {settings.steps:,} steps, {meter.tokens(settings.steps):,} tokens"
             line += f", {meter.flops(settings.steps):.3g} FLOPs; {count_parameters(run.config):,} parameters"
             line += f"; {len(self.comparison.settings.seeds)} seeds"
@@ -93,8 +106,7 @@ class RunPlanner:
             for rate in tuning.learning_rates:
                 settings = {"steps": max(1, round(tuning.tokens * self._steps[name])), "learning_rate": rate}
                 folder = self.comparison.output / "tuning" / name / f"{rate:g}"
-                data = {"path": tuning.data, "mixture": None}
-                sections: dict[str, dict[str, Any]] = {"data": data, "training": settings}
+                sections = {**tuning_sections(self.comparison), "training": settings}
                 recipe = self._recipe(variant, self.comparison.settings.seeds[0], folder, sections)
                 runs.append(Run(name, recipe.training.seed, recipe, build_config(recipe, self.tuning_data), folder))
         return runs
@@ -133,7 +145,7 @@ class RunPlanner:
         """Floating-point operations that a variant of tokens of its own trains with."""
         variant = self.comparison.variants[name]
         recipe = self._recipe(variant, self.comparison.settings.seeds[0], Path())
-        meter = Meter(recipe, self._config(recipe), self.data.samples, recipe.training.batch_size)
+        meter = Meter(recipe, self._config(recipe), self._uniform, recipe.training.batch_size)
         return meter.flops(max(1, round(variant.tokens * recipe.training.steps)))
 
     def _grown(self, name: str, variant: Variant) -> Variant:
@@ -171,10 +183,11 @@ class RunPlanner:
 
     def _load_tuning_data(self, path: str) -> RunData:
         first = Variant(title="base")
-        sections = {"data": {"path": path, "mixture": None}}
-        recipe = self._recipe(first, self.comparison.settings.seeds[0], Path(), sections)
+        recipe = self._recipe(first, self.comparison.settings.seeds[0], Path(), tuning_sections(self.comparison))
         data = load_run_data(recipe, progress=False, verify=self._verify)
-        if data.longest != self.data.longest or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
+        blocks = data.samples.uniform_length is not None
+        differ = blocks and data.longest != self.data.longest
+        if differ or data.tokenizer.get_vocab() != self.data.tokenizer.get_vocab():
             raise RecipeError(f"tuning.data={path}: expected the tokenizer and block size of {self.data.source}")
         return data
 

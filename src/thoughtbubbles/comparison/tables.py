@@ -22,6 +22,9 @@ def tables(report: Report) -> Iterator[Table]:
         yield pairs_table(report)
     if (dial := dial_table(report)).rows:
         yield dial
+    if any(row.exact_match for row in report.variants):
+        yield exact_match_table(report)
+        yield difficulty_table(report)
     if report.tuned:
         yield tuning_table(report)
 
@@ -40,13 +43,21 @@ def quality_table(report: Report) -> Table:
         (f"loss minus {against}'s", lambda row: "" if row.to_baseline is None else interval(row.to_baseline)),
     ]
     note = (
-        f"Validation on {report.data['blocks']} blocks of {report.data['block_size']} tokens. Losses in nats per "
-        "token, ± standard deviation over seeds; in brackets 95% intervals of the paired differences, over seeds and "
-        "blocks; with one seed they know nothing of how much seeds differ."
+        f"Validation on {measured_on(report)}. Losses in nats per token, ± standard deviation over seeds; in brackets "
+        f"95% intervals of the paired differences, over seeds and {report.data['unit']}; with one seed they know "
+        "nothing of how much seeds differ."
     )
     if any(row.leaks for row in report.variants):
         note += f" * leaks: {LEAK}, so its prefix-only perplexity is the one to compare."
     return _by_variant("Quality", report, columns, note)
+
+
+def measured_on(report: Report) -> str:
+    """How many blocks or rows the losses are of, and how long these are."""
+    data = report.data
+    if data["unit"] == "rows":
+        return f"what is to be learnt of {data['blocks']:,} held-out rows of at most {data['block_size']} tokens"
+    return f"{data['blocks']} blocks of {data['block_size']} tokens"
 
 
 def cost_table(report: Report) -> Table:
@@ -103,6 +114,56 @@ def dial_table(report: Report) -> Table:
     ]
     note = "Perplexity, one forward a block."
     return Table("Test-time budget", ["variant", *(f"budget {budget_text(each)}" for each in budgets)], cells, note)
+
+
+def exact_match_table(report: Report) -> Table:
+    """How many questions the variants answer at each test budget, and how many more than the baseline."""
+    asked = [(row, row.exact_match) for row in report.variants if row.exact_match is not None]
+    baseline = report.find(report.baseline)
+    against = report.baseline if baseline is None else baseline.title
+    shares = [
+        # A dense model has one stream a token, whatever budget it was given.
+        {"1": found.at_budget[row.budget]} if row.routing == "none" else found.at_budget
+        for row, found in asked
+    ]
+    budgets = sorted({budget for each in shares for budget in each}, key=parse_budget)
+    rows = []
+    for (row, found), at_budget in zip(asked, shares, strict=True):
+        cells = [_percent(at_budget.get(each)) for each in budgets]
+        if found.spread is not None:
+            own = "1" if row.routing == "none" else row.budget
+            cells[budgets.index(own)] += f" ± {100 * found.spread:.1f}"
+        gap = found.to_baseline
+        rows.append([row.title, str(len(row.seeds)), f"{row.training_flops:.3g}", *cells, points(gap) if gap else ""])
+    headings = (f"budget {budget_text(each)}" for each in budgets)
+    note = (
+        f"Share of {asked[0][1].questions:,} questions answered letter for letter, in %, by test budget, ± standard "
+        "deviation over seeds; differences in points at each one's own budget, in brackets 95% intervals over seeds "
+        "and questions; with one seed they know nothing of how much seeds differ."
+    )
+    columns = ["variant", "seeds", "training FLOPs", *headings, f"minus {against}'s"]
+    return Table("Exact match", columns, rows, note)
+
+
+def difficulty_table(report: Report) -> Table:
+    """The same by difficulty."""
+    asked = [(row, row.exact_match) for row in report.variants if row.exact_match is not None]
+    difficulties = list(asked[0][1].by_difficulty)
+    rows = [[row.title, *(_percent(found.by_difficulty[each]) for each in difficulties)] for row, found in asked]
+    columns = ["variant", *(f"difficulty {each}" for each in difficulties)]
+    return Table("Exact match by difficulty", columns, rows, "In %, each at its own budget.")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def points(difference: Estimate) -> str:
+    """A difference of shares and its interval, in points."""
+    text = f"{100 * difference.mean:+.1f}"
+    if math.isinf(difference.low):
+        return text
+    return f"{text} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
 def tuning_table(report: Report) -> Table:

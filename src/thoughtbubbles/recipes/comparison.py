@@ -10,6 +10,7 @@ from thoughtbubbles.model.budget import parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
 from thoughtbubbles.recipes.options import option
 from thoughtbubbles.recipes.training import (
+    TASKS,
     AnyBudget,
     RecipeError,
     apply_override,
@@ -28,7 +29,9 @@ from thoughtbubbles.recipes.values import (
     check_mapping,
     convert,
     describe_section,
+    expand_home,
     parse_section,
+    read_yaml,
 )
 from thoughtbubbles.recipes.variants import SHIPPED, TokenShare, Variant, parse_variants
 from thoughtbubbles.support.errors import shown
@@ -36,6 +39,8 @@ from thoughtbubbles.support.errors import shown
 __all__ = ["load_comparison", "parse_comparison"]
 
 BASE = ("model", "data", "training")
+OF_A_RUN = ("output", "seed")
+"""Keys of the training section that a comparison sets for each run."""
 
 
 @dataclass(config=STRICT)
@@ -45,7 +50,9 @@ class TuningSection:
     learning_rates: Annotated[list[Positive], Different] = option(
         "rates to try; each variant takes the one of lowest validation loss"
     )
-    data: UserPath = option("prepared folder to tune on: its validation is not that of the comparison")
+    data: UserPath = option(
+        "prepared folder to tune on, or with task: sft rows, some of which are held out: not those of the comparison"
+    )
     tokens: TokenShare = option("training tokens of a try, as a share of the comparison's", 0.25)
 
 
@@ -53,11 +60,14 @@ class TuningSection:
 class EvaluationSection:
     """How each trained model is measured."""
 
-    blocks: Count = option("validation blocks, evenly spaced", 512)
+    blocks: Count = option("validation blocks (or rows), evenly spaced", 512)
     budgets: list[AnyBudget] = option("budgets to evaluate at, beside 1 and the model's own", [1, 1.5, 2, 3, 4])
     prefix_blocks: Count = option("blocks of which some predictions are made from their prefix alone", 256)
     prefix_positions: Count = option("how many of each of these blocks", 8)
     batch_size: Count = option("blocks at a time", 16)
+    questions: UserPath | None = option(
+        "file of questions to ask each model, as `thoughtbubbles exact-match` does, at the same budgets", None
+    )
 
     def __post_init__(self) -> None:
         self.budgets.sort(key=parse_budget)
@@ -82,7 +92,7 @@ class Comparison:
     """A comparison.
 
     Attributes:
-        base: the sections model, data and training of a training recipe that all variants share.
+        base: task and the sections model, data and training of a training recipe, which all variants share.
         variants: by name, in the order of tables.
         settings: output, seeds, baseline.
         tuning: None trains at the rates that the recipe says.
@@ -104,15 +114,25 @@ class Comparison:
 def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     """Read the recipe of a comparison and apply `section.key=value` and `key=value` overrides.
 
-    The sections model, data and training are those of a training recipe, which it may also take over by `extends`.
+    task and the sections model, data and training are those of a training recipe, which it may also take over by
+    `extends`, but for its output and its seed.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
     """
     content = read_sections(Path(path))
+    _leave_run(content, read_yaml(Path(expand_home(str(path))), RecipeError))
     for override in overrides:
-        apply_override(content, override, [*PLAIN, *BASE, *SECTIONS], [*PLAIN, *SECTIONS])
+        apply_override(content, override, [*PLAIN, *BASE, *SECTIONS], ["task", *PLAIN, *SECTIONS])
     return parse_comparison(content)
+
+
+def _leave_run(content: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Take out of the sections what a training recipe that they extend says of its own run alone."""
+    training, said = content.get("training"), own.get("training")
+    if isinstance(training, dict):
+        kept = said if isinstance(said, dict) else {}
+        content["training"] = {name: value for name, value in training.items() if name not in OF_A_RUN or name in kept}
 
 
 def parse_comparison(content: Mapping[str, Any]) -> Comparison:
@@ -121,8 +141,8 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
     Raises:
         RecipeError: an unknown or missing key, or a value of the wrong type.
     """
-    if content.get("task", "pretrain") != "pretrain":
-        raise RecipeError(f"task={shown(content['task'])}: expected pretrain, which compares on blocks of text")
+    if (task := content.get("task", "pretrain")) not in TASKS:
+        raise RecipeError(f"task={shown(task)}: expected {' or '.join(TASKS)}")
     for name, values in content.items():
         check_known(name, ["task", *PLAIN, *BASE, *SECTIONS], "section", RecipeError)
         if name in BASE:
@@ -131,11 +151,11 @@ def parse_comparison(content: Mapping[str, Any]) -> Comparison:
     settings = parse_section(ComparisonSection, "", own, RecipeError)
     variants = parse_variants(content.get("variants", list(SHIPPED)))
     check_known(settings.baseline, list(variants), "variant in baseline", RecipeError)
-    for name in ("output", "seed"):
+    for name in OF_A_RUN:
         if name in content.get("training", {}):
             raise RecipeError(f"training.{name}: the comparison sets it; expected `output` or `seeds` at the top")
     return Comparison(
-        base={name: dict(content.get(name, {})) for name in BASE},
+        base={"task": task, **{name: dict(content.get(name, {})) for name in BASE}},
         variants=variants,
         settings=settings,
         tuning=_tuning(content["tuning"], content) if content.get("tuning") is not None else None,
@@ -150,8 +170,8 @@ def describe_comparison() -> str:
         "",
         *describe_section(ComparisonSection, ""),
         "",
-        "model, data, training: those of a training recipe (thoughtbubbles train --help-recipe), for all variants;",
-        "    output, seed and tuned learning rates are the comparison's own",
+        "task, model, data, training: those of a training recipe (thoughtbubbles train --help-recipe), for all",
+        "    variants; output, seed and tuned learning rates are the comparison's own",
         "",
         f"variants: names, or a mapping of names to what they say otherwise [{', '.join(SHIPPED)}]",
         *describe_section(Variant),
@@ -170,16 +190,27 @@ def _tuning(values: Any, content: Mapping[str, Any]) -> TuningSection:
     return tuning
 
 
-def _check_other_data(folder: str, data: Mapping[str, Any]) -> None:
-    """Refuse to tune on a folder of the comparison, however it is spelt."""
+def _check_other_data(path: str, data: Mapping[str, Any]) -> None:
+    """Refuse to tune on data of the comparison, however they are spelt."""
     mixture = data.get("mixture")
-    for key, compared in (("path", [data.get("path")]), ("mixture", mixture if isinstance(mixture, dict) else [])):
+    named = {key: [data.get(key)] for key in ("path", "source", "validation_source")}
+    for key, compared in {**named, "mixture": mixture if isinstance(mixture, dict) else []}.items():
         ours = [convert(f"data.{key}", each, UserPath, RecipeError) for each in compared if isinstance(each, str)]
-        if folder_identity(folder) in map(folder_identity, ours):
+        if folder_identity(path) in map(folder_identity, ours):
             raise RecipeError(
-                f"tuning.data={folder}: expected other data than data.{key}: rates tuned on the validation that is "
+                f"tuning.data={path}: expected other data than data.{key}: rates tuned on the validation that is "
                 "reported would flatter it"
             )
+
+
+def tuning_sections(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """What the recipes of the runs that tune say otherwise of their data; nothing where none do."""
+    if comparison.tuning is None:
+        return {}
+    path = comparison.tuning.data
+    if comparison.base["task"] == "sft":
+        return {"data": {"source": path, "validation_source": None}}
+    return {"data": {"path": path, "mixture": None}}
 
 
 def variant_sections(comparison: Comparison, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import torch
 
-from thoughtbubbles.data.feed.rundata import Samples
+from thoughtbubbles.data.feed.rundata import RowLengths
 from thoughtbubbles.model.accounting import training_flops
 from thoughtbubbles.model.budget import Budget, parse_budget
 from thoughtbubbles.model.configuration import ThoughtbubblesConfig
@@ -47,7 +47,9 @@ class Meter:
         micro_batch_size: rows of one forward pass, which are padded to the longest of them.
     """
 
-    def __init__(self, recipe: Recipe, config: ThoughtbubblesConfig, samples: Samples, micro_batch_size: int) -> None:
+    def __init__(
+        self, recipe: Recipe, config: ThoughtbubblesConfig, samples: RowLengths, micro_batch_size: int
+    ) -> None:
         self._settings = recipe.training
         self._config = config
         self._samples = samples

@@ -23,20 +23,22 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class Samples(Rows, Protocol):
-    """The training examples of a whole run in their order.
+class RowLengths(Protocol):
+    """How long the training examples of a run are."""
 
-    Attributes:
-        uniform_length: tokens of every sample; None where they differ.
-    """
-
-    uniform_length: int | None
-
-    def describe(self, index: int) -> str:
-        """Where sample `index` comes from, for a person who wants to look at it."""
+    @property
+    def uniform_length(self) -> int | None:
+        """Tokens of every sample; None where they differ."""
 
     def length(self, index: int) -> int:
         """Tokens of sample `index`."""
+
+
+class Samples(Rows, RowLengths, Protocol):
+    """The training examples of a whole run in their order."""
+
+    def describe(self, index: int) -> str:
+        """Where sample `index` comes from, for a person who wants to look at it."""
 
     def close(self) -> None:
         """Stop what reads ahead."""
