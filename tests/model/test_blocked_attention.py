@@ -95,6 +95,14 @@ def test_bfloat16_on_a_cpu_goes_this_way(rule: str, streams: int, monkeypatch: p
         assert relative_error(ours, theirs.double()) < 0.03
 
 
+@torch.no_grad()
+def test_without_a_backward_pass_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(module._BlockedAttention, "apply", recorded(module._BlockedAttention.apply, calls))
+    call(attenuated_attention, [x.bfloat16() for x in random_inputs(9)], "paper")
+    assert not calls
+
+
 def test_float32_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(module._BlockedAttention, "apply", recorded(module._BlockedAttention.apply, calls))

@@ -1,9 +1,9 @@
 """Causal attention in blocks, for bfloat16 on CPUs (method: Attenuation).
 
 PyTorch's fused CPU kernel does its products of bfloat16 at a fraction of the speed of the library's batched products,
-above all backward. This one is made of those: a block of queries of a few rows at a time against the keys up to its
-end, so that memory stays linear in the number of streams. Scores are softmaxed, and their gradients formed, in float32
-or wider.
+above all backward; without a backward pass it stays, so that a retrofitted model's bits are those of its own class. This
+one is made of batched products: a block of queries of a few rows at a time against the keys up to its end, so that memory
+stays linear in the number of streams. Scores are softmaxed, and their gradients formed, in float32 or wider.
 
 Shape letters: B batch, N streams, H heads, G heads of keys and values, K head size; g of the B G, each with s = H / G
 heads of queries; e keys up to the end of a block, r queries in it.
@@ -23,8 +23,9 @@ SCORES = 400_000
 
 
 def suits(q: Tensor) -> bool:
-    """Whether this is the faster way for such queries; a compiler makes its own kernels."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    """Whether this is the faster way for such queries, forward and backward; a compiler makes its own kernels."""
+    learns = torch.is_grad_enabled() and q.requires_grad
+    return learns and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
