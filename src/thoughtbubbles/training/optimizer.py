@@ -1,6 +1,7 @@
 """What a step of the optimizer does to which parameters: groups, their rates, what is frozen, adapters."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -96,4 +97,5 @@ def add_adapters(model: nn.Module, settings: LoraSection) -> nn.Module:
 def _matches(key: str, pattern: str, parameters: Iterable[str]) -> list[str]:
     if found := [name for name in parameters if fnmatchcase(name, pattern)]:
         return found
-    raise RecipeError(f"training.{key}: {pattern!r} fits no parameter: {nearest(pattern, list(parameters))}")
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parameters))
+    raise RecipeError(f"training.{key}: {pattern!r} fits no parameter: {nearest(pattern, kinds)}")
