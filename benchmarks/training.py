@@ -87,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="rows a step")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.0, 4.0], help="of causal and topk")
     parser.add_argument("--vocab-size", type=int, default=50257)
+    parser.add_argument("--key-value-heads", type=int, help="of a Llama's block, ours and theirs; by default its heads")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--only", nargs="+", help="names of variants; dense is always there")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
@@ -188,7 +189,7 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
 
     makers = {"dense": ours(config("none")), "budget 1": ours(config("causal"), "dense")}
     makers["GPT-NeoX"] = lambda: Step(neox(config("none")), flops(config("none")), arguments)
-    as_llama = ThoughtbubblesConfig.from_dict({**config("none").to_dict(), **LLAMA})
+    as_llama = with_llama_block(config("none"), arguments.key_value_heads)
     makers["dense, Llama's block"] = ours(as_llama)
     makers["Llama"] = lambda: Step(llama(as_llama), flops(as_llama), arguments)
     for budget in arguments.budgets:
@@ -203,6 +204,12 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
     for step in made.values():
         step.twin = step.twin if step.twin in made else None
     return made
+
+
+def with_llama_block(shape: ThoughtbubblesConfig, key_value_heads: int | None) -> ThoughtbubblesConfig:
+    """The shape with a Llama's block, and so many heads of keys and values; None is as many as heads."""
+    changes = {**LLAMA, "num_key_value_heads": key_value_heads or shape.num_attention_heads}
+    return ThoughtbubblesConfig.from_dict({**shape.to_dict(), **changes})
 
 
 def neox(shape: ThoughtbubblesConfig) -> GPTNeoXForCausalLM:

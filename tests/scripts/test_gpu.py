@@ -20,7 +20,7 @@ from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.training.folder import check_same_run
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("facts", "correct", "training", "compare", "attention", "decoding")
+PARTS = ("facts", "correct", "training", "compare", "llama", "attention", "decoding")
 
 
 @pytest.fixture(scope="module", autouse=True)
