@@ -66,7 +66,7 @@ BLOCKS: dict[str, list[Any]] = {
     "padding": ["none", "left", "holes"],
     "norm": ["layernorm", "rmsnorm"],
     "mlp": ["plain", "gated"],
-    "hidden_act": ["gelu", "silu"],
+    "hidden_act": ["gelu", "silu", "gelu_pytorch_tanh"],
     "num_key_value_heads": [4, 2, 1],
     "head_dim": [4, 10],
     "use_bias": [True, False],
@@ -867,6 +867,15 @@ def test_initial_fork_embeddings_are_uniform() -> None:
     assert 0 <= embeddings.min() < 0.1 / math.sqrt(128)
     assert 0.9 / math.sqrt(128) < embeddings.max() < 1 / math.sqrt(128)
     assert embeddings.mean().item() == pytest.approx(0.5 / math.sqrt(128), rel=0.1)
+
+
+def test_initial_fork_embeddings_are_normal_where_the_configuration_says_so() -> None:
+    config = tiny_config(fork_embedding_init="normal", hidden_size=512, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = ThoughtbubblesForCausalLM(config)
+    embeddings = torch.cat([gate.fork_embedding for gate in model.model.gates.values()])
+    assert embeddings.std().item() == pytest.approx(1 / math.sqrt(512), rel=0.1)
+    assert embeddings.mean().item() == pytest.approx(0, abs=0.2 / math.sqrt(512))
 
 
 def test_initial_norms_and_biases_do_nothing() -> None:

@@ -16,6 +16,7 @@ from .rules import RULES
 RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")
+FORK_EMBEDDING_INITS = ("uniform", "normal")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
 NORMS = ("layernorm", "rmsnorm")
@@ -75,6 +76,8 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             learned without forks; None is no bias. Without effect where gate_scores is `fixed` (method: Gate).
         fork_embedding: `absolute`, or `relative`: scaled by the root mean square of the residual that it is added to,
             and drawn large, so that a fork is no copy of its source (method: Gate).
+        fork_embedding_init: what an absolute one is drawn from: `uniform`, between 0 and 1 / sqrt(D), or `normal`, of
+            variance 1 / D around 0 (method: Gate). Without effect where fork_embedding is `relative`.
         attenuation: `paper`, `released` or `none` (method: Attenuation).
         merge: `residual`, `residual-normed`, `probability` or `root` (method: Merge). For `copy` and `pause`, whose
             streams have no scores, all but `root` take the mean over the streams of a token.
@@ -125,6 +128,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     gate_scores: str = "learned"
     gate_start: float | None = None
     fork_embedding: str = "absolute"
+    fork_embedding_init: str = "uniform"
     attenuation: str = "paper"
     merge: str = "residual"
     tie_word_embeddings: bool = True
@@ -302,6 +306,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             ("random_rule", RANDOM_RULES),
             ("gate_scores", GATE_SCORES),
             ("fork_embedding", FORK_EMBEDDINGS),
+            ("fork_embedding_init", FORK_EMBEDDING_INITS),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
             ("norm", NORMS),

@@ -33,21 +33,23 @@ class ForkGate(nn.Module):
         # Of one dimension, since FSDP shards none of none.
         self.fork_bias = None if self.start is None else nn.Parameter(torch.empty(1))
         self.is_relative = config.fork_embedding == "relative"
+        self.is_normal = config.fork_embedding_init == "normal"
         self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw the fork embedding, as the release does or half as large as the residual that it is added to.
+        """Draw the fork embedding, as the configuration says or half as large as the residual that it is added to.
 
         The bias of the fork begins where a stream that the projection says nothing of has the configured start.
         """
         if self.fork_bias is not None and self.start is not None:
             init.constant_(self.fork_bias, math.log(self.start) - math.log1p(-self.start))
-        if self.is_relative:
-            init.normal_(self.fork_embedding, std=0.5)
+        size = 1 / math.sqrt(self.fork_embedding.numel())
+        if self.is_relative or self.is_normal:
+            init.normal_(self.fork_embedding, std=0.5 if self.is_relative else size)
         else:
-            init.uniform_(self.fork_embedding, b=1 / math.sqrt(self.fork_embedding.numel()))
+            init.uniform_(self.fork_embedding, b=size)
 
     def forward(
         self, streams: Streams, budget: Fraction, memory: RouteMemory | None = None, step: Tensor | int = 0

@@ -24,7 +24,7 @@ CHOICES = {
     "routing": ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform"),
     "attenuation": ("paper", "released", "none"),
     "merge": ("residual", "residual-normed", "probability", "root"),
-    "hidden_act": ("gelu", "silu"),
+    "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu"),
     "norm": ("layernorm", "rmsnorm"),
     "mlp": ("plain", "gated"),
 }
@@ -444,14 +444,22 @@ def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> lis
 
 def _mlp(model: _Model, layer: int, stream: ReferenceStream) -> Tensor:
     """Return MLP(LayerNorm(x)) of one stream: [D] (method: Attenuation)."""
-    act = F.silu if model.config.hidden_act == "silu" else F.gelu
     normed = model.norm(f"model.layers.{layer}.mlp_norm", stream.residual)
     hidden = model.linear(f"model.layers.{layer}.mlp.up_proj", normed)
     if model.config.mlp == "gated":
-        hidden = act(model.linear(f"model.layers.{layer}.mlp.gate_proj", normed)) * hidden
+        hidden = _act(model, model.linear(f"model.layers.{layer}.mlp.gate_proj", normed)) * hidden
     else:
-        hidden = act(hidden)
+        hidden = _act(model, hidden)
     return model.linear(f"model.layers.{layer}.mlp.down_proj", hidden)
+
+
+def _act(model: _Model, x: Tensor) -> Tensor:
+    """Return the activation of a vector (method: The block)."""
+    if model.config.hidden_act == "silu":
+        return F.silu(x)
+    if model.config.hidden_act == "gelu":
+        return F.gelu(x)
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _updated(model: _Model, stream: ReferenceStream, update: Tensor) -> ReferenceStream:
