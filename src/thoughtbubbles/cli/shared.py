@@ -108,6 +108,7 @@ def open_validation(
     from thoughtbubbles.support.sampling import spread
 
     prepared = load_prepared(data)
+    prepared.check_packed(f"data {data}")
     tokenizer = prepared.tokenizer()
     check_vocabulary(load_config(model).vocab_size, prepared.manifest.vocab_size, data)
     check_tokenizer(model, tokenizer, str(data))

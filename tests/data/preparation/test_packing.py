@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thoughtbubbles.data import DataError
-from thoughtbubbles.data.preparation.packing import Packed, TokenArray, cut_blocks, pack, token_type
+from thoughtbubbles.data.preparation.packing import (
+    Packed,
+    TokenArray,
+    cut_blocks,
+    pack,
+    pad,
+    row_lengths,
+    token_type,
+)
 
 Document = list[int]
 
@@ -56,6 +64,19 @@ def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
 
 def test_documents_without_tokens_can_be_packed(tmp_path: Path) -> None:
     assert packed([[[], []]], [1, 0], 7, 2, tmp_path).blocks.tolist() == [[7, 7]]
+
+
+def test_padded_documents_have_a_row_each(tmp_path: Path) -> None:
+    shards = [np.array([1, 2, 3, 4], dtype=np.uint16), np.array([5, 6, 7, 8, 9], dtype=np.uint16)]
+    lengths = np.array([1, 3, 0, 5])
+    order = np.array([3, 0, 2, 1])
+    found = pad(shards, lengths, order, 70, 80, np.dtype(np.uint16), 5, tmp_path / "rows", "train")
+    expected = [[6, 7, 8, 9, 80], [70, 1, 80, 80, 80], [70, 80, 80, 80, 80], [70, 2, 3, 4, 80]]
+    assert found.blocks.tolist() == expected
+    assert row_lengths(found.blocks, 80).tolist() == [5, 3, 2, 5]
+    assert (found.tokens, found.dropped) == (6 + 2 + 1 + 4, 2)
+    with pytest.raises(DataError, match="validation has no documents: expected more text"):
+        pad(shards, lengths, order[:0], 70, 80, np.dtype(np.uint16), 5, tmp_path / "none", "validation")
 
 
 @given(shards=st.lists(st.lists(st.lists(st.integers(1, 9), max_size=4), max_size=4), max_size=4), data=st.data())

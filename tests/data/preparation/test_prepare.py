@@ -122,7 +122,7 @@ def test_manifest_adds_up(tmp_path: Path, corpus: str, texts: list[str]) -> None
     assert manifest.tokenizer.trained_bytes == manifest.train.bytes
     assert manifest.vocab_size == 300
     assert manifest.format_version == FORMAT_VERSION
-    assert "cross document borders" in manifest.packing
+    assert manifest.packing == "packed"
     assert {"python", "tokenizers", "datasets"} <= manifest.versions.keys()
     assert Manifest.from_json(manifest.to_json()) == Manifest.read(tmp_path / "out") == manifest
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from thoughtbubbles.data.feed.mixture import BlockMixture
 from thoughtbubbles.data.feed.rundata import Batch, RunData, Validation
@@ -20,7 +21,9 @@ class _Blocks(BlockMixture):
     def __init__(self, corpora: Sequence[PreparedData], weights: Sequence[float], seed: int, length: int) -> None:
         super().__init__([corpus.train for corpus in corpora], weights, seed, length)
         self._paths = [corpus.path for corpus in corpora]
-        self.uniform_length: int | None = corpora[0].manifest.block_size
+        padded = any(corpus.manifest.is_padded for corpus in corpora)
+        self.uniform_length = None if padded else corpora[0].manifest.block_size
+        self._lengths = [corpus.train_lengths() for corpus in corpora] if padded else []
 
     def describe(self, index: int) -> str:
         """The folder and the block."""
@@ -29,8 +32,10 @@ class _Blocks(BlockMixture):
 
     def length(self, index: int) -> int:
         """Tokens of a block."""
-        assert self.uniform_length is not None
-        return self.uniform_length
+        if self.uniform_length is not None:
+            return self.uniform_length
+        place = self.place(index)
+        return int(self._lengths[place.corpus][place.block])
 
 
 def load_blocks(recipe: Recipe, section: DataSection, verify: bool, progress: bool) -> RunData:
@@ -44,6 +49,9 @@ def load_blocks(recipe: Recipe, section: DataSection, verify: bool, progress: bo
             f"training.batch_size={recipe.training.batch_size}: expected at most the {blocks} train blocks of "
             f"{', '.join(weights)}"
         )
+    if recipe.training.compile != "none":
+        for corpus in corpora:
+            corpus.check_packed(f"training.compile={recipe.training.compile}: {corpus.path}")
     samples = recipe.training.steps * recipe.training.batch_size
     validation = validation_of(corpora, weights)
     shares = [each.weight for each in validation.values()]
@@ -101,9 +109,14 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 def collate_blocks(blocks: list[dict[str, Tensor]]) -> Batch:
     """Stack blocks into a batch {"input_ids", "labels"}, both [B, T] int64.
 
-    The first token of a block is nobody's target: marked as such, it is not counted in the loss's denominator.
+    The first token of a block is nobody's target: marked as such, it is not counted in the loss's denominator. Rows of
+    several lengths are padded on the right, and there is an "attention_mask" [B, T] too.
     """
-    input_ids = torch.stack([block["input_ids"] for block in blocks])
-    labels = input_ids.clone()
+    rows = [block["input_ids"] for block in blocks]
+    input_ids = pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    labels = input_ids.where(mask, IGNORE_INDEX)
     labels[:, 0] = IGNORE_INDEX
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    return batch if mask.all() else {**batch, "attention_mask": mask.long()}

@@ -105,6 +105,8 @@ def _tensor(block: TokenArray) -> Tensor:
 def load_stream(recipe: Recipe, section: StreamSection, verify: bool, progress: bool) -> RunData:
     """Open it, as `loading.load_run_data` does."""
     corpora = load_corpora("validation", section.validation, verify, progress)
+    for corpus in corpora:
+        corpus.check_packed(f"data.validation: {corpus.path}")
     manifest, tokenizer = corpora[0].manifest, corpora[0].tokenizer()
     sources = [resolve_source(name) for name in section.stream]
     check_different(sources)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thoughtbubbles.data.preparation.manifest import FORMAT_VERSION
+from thoughtbubbles.data.preparation.manifest import FORMAT_VERSION, PACKINGS
 from thoughtbubbles.data.preparation.packing import token_type
 from thoughtbubbles.data.sources.corpora import FileSource, Source, check_different, resolve_source
 from thoughtbubbles.data.sources.identity import stat_facts
@@ -75,6 +75,7 @@ class Job:
                 ),
                 "validation_fraction": self.validation_fraction,
                 "block_size": options.block_size,
+                "packing": options.packing,
                 "limit_tokens": options.limit_tokens,
                 "seed": options.seed,
             }
@@ -117,6 +118,8 @@ def _check_options(options: Preparation) -> None:
         )
     if not 0 < options.validation_fraction < 1:
         raise DataError(f"validation_fraction is {options.validation_fraction}: expected more than 0 and less than 1")
+    if options.packing not in PACKINGS:
+        raise DataError(f"packing is {options.packing!r}: expected {' or '.join(PACKINGS)}")
     if options.limit_tokens is not None and options.limit_tokens < 1:
         raise DataError(f"limit_tokens is {options.limit_tokens}: expected at least 1")
     check_seed("seed", options.seed, DataError)

@@ -12,10 +12,7 @@ from thoughtbubbles.support.files import write_text
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
-PACKING = (
-    "documents, each after the separator, are concatenated and cut into blocks; "
-    "attention and credit cross document borders inside a block"
-)
+PACKED, PADDED = PACKINGS = ("packed", "padded")
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class Manifest:
         vocab_size: rows that an embedding needs.
         cut: where the only document is cut in two; None where whole documents are held out.
         excluded_documents: left out of train because a validation source holds the same text.
-        packing: how documents became blocks, in words.
+        packing: how documents became blocks: `packed`, one after another, or `padded`, each by itself.
         tokenizer: the tokenizer.
         train: the train split.
         validation: the validation split.
@@ -199,9 +196,16 @@ class Manifest:
         parts = [(name, digest) for name, digest in self.files.items() if name.endswith((".arrow", "/tokenizer.json"))]
         return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether each document has a row of its own."""
+        return self.packing == PADDED
+
     def remarks(self) -> list[str]:
         """What a person who prepared the data should know, in lines."""
         cut = [] if self.cut is None else [str(self.cut)]
+        if self.is_padded and (dropped := self.train.dropped_tokens + self.validation.dropped_tokens):
+            cut.append(f"{dropped:,} tokens are left out: the beginnings of documents that are longer than a block")
         return cut + [line for source in (*self.sources, *self.validation_sources) for line in source.left_out()]
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""Packing: documents, one after another, become blocks of tokens."""
+"""Packing: documents become blocks of tokens, one after another or each by itself."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Packed:
     Attributes:
         blocks: [blocks, block_size], on disk.
         tokens: how many there were, separators and dropped ones included.
-        dropped: how many were left over at the end, too few for a block.
+        dropped: how many are in no block: left over at the end, or, padded, at the beginnings of long documents.
     """
 
     blocks: TokenArray
@@ -86,6 +86,51 @@ def pack(
     return Packed(blocks, tokens, dropped)
 
 
+def pad(
+    shards: Iterable[TokenArray],
+    lengths: Lengths,
+    order: Indices,
+    separator: int,
+    end: int,
+    dtype: "np.dtype[Any]",
+    block_size: int,
+    path: Path,
+    split: str,
+) -> Packed:
+    """Give each document a row: the separator, the document, the end, and the end again up to the block's length.
+
+    Of a document that does not fit, the row has the last tokens and the end, and no separator. So a row ends with the
+    first `end` behind its first token, which `row_lengths` finds.
+
+    Args:
+        end: the token behind each document, and inside none.
+        others: as in `pack`.
+
+    Raises:
+        DataError: no documents.
+    """
+    if not len(order):
+        raise DataError(f"{split} has no documents: expected more text")
+    rows: TokenArray = np.memmap(path, dtype=dtype, mode="w+", shape=(len(order), block_size))
+    rows[:] = end
+    places = np.full(len(lengths), -1, dtype=np.int64)
+    places[order] = np.arange(len(order))
+    for document, tokens in _documents(shards, lengths):
+        if (row := places[document]) >= 0:
+            kept = np.concatenate([[separator], tokens])[-(block_size - 1) :]
+            rows[row, : len(kept)] = kept
+    rows.flush()
+    wanted = lengths[order]
+    dropped = np.maximum(wanted + 2 - block_size, 0).sum()
+    return Packed(read_array(path, dtype).reshape(rows.shape), int((wanted + 1).sum()), int(dropped))
+
+
+def row_lengths(rows: TokenArray, end: int) -> Indices:
+    """[rows]: the tokens of each row of `pad`, its end included."""
+    lengths: Indices = (rows[:, 1:] == end).argmax(1) + 2
+    return lengths
+
+
 def cut_blocks(
     documents: Iterable[tuple[Mark, TokenArray]],
     separator: int,
@@ -122,15 +167,21 @@ def cut_blocks(
 def _write_documents(
     shards: Iterable[TokenArray], lengths: Lengths, places: Indices, mark: TokenArray, path: Path
 ) -> None:
-    document = 0
     with path.open("wb") as file:
-        for tokens in shards:
-            start = 0
-            while document < len(lengths) and (end := start + int(lengths[document])) <= len(tokens):
-                if places[document] >= 0:
-                    file.seek(int(places[document]) * mark.itemsize)
-                    file.write(mark.tobytes() + tokens[start:end].tobytes())
-                document, start = document + 1, end
+        for document, tokens in _documents(shards, lengths):
+            if places[document] >= 0:
+                file.seek(int(places[document]) * mark.itemsize)
+                file.write(mark.tobytes() + tokens.tobytes())
+
+
+def _documents(shards: Iterable[TokenArray], lengths: Lengths) -> Iterator[tuple[int, TokenArray]]:
+    """The number and the tokens of each document, in the order in which they are stored."""
+    document = 0
+    for tokens in shards:
+        start = 0
+        while document < len(lengths) and (end := start + int(lengths[document])) <= len(tokens):
+            yield document, tokens[start:end]
+            document, start = document + 1, end
 
 
 def read_array(path: Path, dtype: "np.dtype[Any]") -> TokenArray:

@@ -1,11 +1,16 @@
 """Prepared data: open a folder that `prepare` wrote."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from thoughtbubbles.data.preparation.manifest import Manifest, SplitRecord
+from thoughtbubbles.data.preparation.packing import row_lengths
 from thoughtbubbles.data.preparation.verification import verify as verify_folder
+from thoughtbubbles.data.splitting import Indices
 from thoughtbubbles.data.tokenizer import load_data_tokenizer, tokenizer_hash
 from thoughtbubbles.support.errors import DataError
 from thoughtbubbles.support.files import user_path
@@ -24,7 +29,8 @@ class PreparedData:
     Attributes:
         path: the prepared folder.
         manifest: what it holds.
-        train: one column `input_ids`, read as int64 torch tensors [block_size]; memory-mapped.
+        train: one column `input_ids`, read as int64 torch tensors [block_size], or, padded, of each row's own length;
+            memory-mapped.
         validation: the same, of documents that train does not hold.
     """
 
@@ -36,6 +42,26 @@ class PreparedData:
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer that made the blocks."""
         return load_data_tokenizer(self.path / "tokenizer")
+
+    def train_lengths(self) -> Indices:
+        """[rows]: the tokens of each row of train."""
+        size, end = self.manifest.block_size, self.manifest.tokenizer.eos_token_id
+        if not self.manifest.is_padded:
+            return np.full(len(self.train), size, dtype=np.int64)
+        chunks = self.train.data.column("input_ids").chunks
+        return np.concatenate([row_lengths(each.flatten().to_numpy().reshape(-1, size), end) for each in chunks])
+
+    def check_packed(self, what: str) -> None:
+        """Check that the rows are blocks of one length.
+
+        Args:
+            what: names the folder in the message.
+
+        Raises:
+            DataError: each document has a row of its own.
+        """
+        if self.manifest.is_padded:
+            raise DataError(f"{what}: its documents have a row each (packing: padded), expected packed blocks")
 
 
 def load_prepared(path: str | Path, verify: bool = False, progress: bool = False) -> PreparedData:
@@ -91,4 +117,14 @@ def _load_split(folder: Path, record: SplitRecord, manifest: Manifest) -> "Datas
         raise DataError(
             f"{folder} holds {found[0]} blocks of {found[1]}, the manifest says {expected[0]} of {expected[1]}"
         )
-    return split.with_format("torch")
+    if not manifest.is_padded:
+        return split.with_format("torch")
+    return split.with_transform(partial(_unpadded, end=manifest.tokenizer.eos_token_id))
+
+
+def _unpadded(batch: dict[str, list[Any]], end: int) -> dict[str, list[Any]]:
+    """Rows of a padded split, each up to its end."""
+    import torch
+
+    rows = np.asarray(batch["input_ids"], dtype=np.int64)
+    return {"input_ids": [torch.from_numpy(row[:n]) for row, n in zip(rows, row_lengths(rows, end), strict=True)]}

@@ -15,14 +15,14 @@ from thoughtbubbles.data.preparation.cutting import CutReader, find_cut
 from thoughtbubbles.data.preparation.job import Job
 from thoughtbubbles.data.preparation.manifest import (
     FORMAT_VERSION,
-    PACKING,
+    PADDED,
     Cut,
     Manifest,
     SourceRecord,
     SplitRecord,
     TokenizerRecord,
 )
-from thoughtbubbles.data.preparation.packing import Packed, pack, token_type
+from thoughtbubbles.data.preparation.packing import Packed, pack, pad, token_type
 from thoughtbubbles.data.preparation.shards import Reading, ShardStore
 from thoughtbubbles.data.preparation.survey import Sample, Survey, read_sample, survey_sources, train_on_sample
 from thoughtbubbles.data.preparation.tokenising import Tokeniser
@@ -194,9 +194,9 @@ class Stages:
             sum(reading.documents for reading in readings[: len(job.sources)]),
             among=survey.digests if survey is not None and job.options.limit_tokens else None,
         )
-        separator = document_separator(tokenizer)
-        train = self._pack_split("train", split.train, store, documents, separator)
-        validation = self._pack_split("validation", split.validation, store, documents, separator)
+        marks = document_separator(tokenizer), int(tokenizer.eos_token_id)
+        train = self._pack_split("train", split.train, store, documents, *marks)
+        validation = self._pack_split("validation", split.validation, store, documents, *marks)
         if cut is not None:
             records = (replace(records[0], documents=1),)
         return Manifest(
@@ -211,7 +211,7 @@ class Stages:
             vocab_size=vocabulary_size(tokenizer),
             cut=cut,
             excluded_documents=len(documents) - len(split.train) - len(split.validation),
-            packing=PACKING,
+            packing=job.options.packing,
             tokenizer=_tokenizer_record(job.options.tokenizer, tokenizer, sample, self.work / RESULT / "tokenizer"),
             train=train,
             validation=validation,
@@ -220,12 +220,14 @@ class Stages:
         )
 
     def _pack_split(
-        self, name: str, order: Indices, store: ShardStore, documents: DocumentArray, separator: int
+        self, name: str, order: Indices, store: ShardStore, documents: DocumentArray, separator: int, end: int
     ) -> SplitRecord:
         path = self.work / f"{name}.tokens"
-        block_size = self.job.options.block_size
+        block_size, padded = self.job.options.block_size, self.job.options.packing == PADDED
+        marks = (separator, end) if padded else (separator,)
         with stage(f"Packing {name}", 1, self.progress) as bar:
-            packed = pack(store.tokens(), documents["tokens"], order, separator, store.dtype, block_size, path, name)
+            make = pad if padded else pack
+            packed = make(store.tokens(), documents["tokens"], order, *marks, store.dtype, block_size, path, name)
             _save_blocks(packed, self.work / RESULT / name, f"{self.fingerprint}-{name}")
             bar.advance(1, "")
             bar.show(f"{len(packed.blocks):,} blocks of {block_size}")
