@@ -1,5 +1,7 @@
 """The authors' protocol by hand, in which nothing precedes a text, and the likelihood of gold solutions."""
 
+from decimal import Decimal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,12 @@ from thoughtbubbles.data import PreparedData
 from thoughtbubbles.evaluation.protocols import (
     CHOICES,
     _likeliest,
+    final_number,
     gold_likelihoods,
     last_words,
     lowest_losses,
     measure_documents,
+    score_number,
 )
 
 
@@ -97,6 +101,32 @@ def test_gold_solutions_and_answers(tiny_data: PreparedData) -> None:
         border = len(tokenizer.encode(f"{prompt} {row['answer'].rpartition(' ')[0]}"))
         assert last == pytest.approx(-losses[border:].sum().item(), abs=1e-3)
         assert whole < last < 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("16-3=13 13*2=26\nanswer: 26", 26),
+        ("16-3=<<16-3=13>>13\n#### 13", 13),
+        ("Answer: 1,234.50 dollars.", Decimal("1234.5")),
+        ("answer: 3\nanswer: -$4.", -4),
+        ("#### 5 answer: 6", 6),
+        ("answer: .5", Decimal("0.5")),
+        ("the number is 7", None),
+        ("answer: none", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_answers_is_read_in_both_formats(text: str, number: Decimal | int | None) -> None:
+    assert final_number(text) == number
+
+
+def test_answers_count_as_numbers() -> None:
+    document = {"question": "?", "answer": "so.\n#### 1,200"}
+    right = ["answer: 1200", "#### 1,200", "answer: 1200.00", "1+1=2 #### 3\nanswer: $1,200"]
+    wrong = ["1200", "answer: 120", "answer: 1201", "", "answer:"]
+    assert [score_number(document, [each])["exact_match"] for each in right] == [1.0] * 4
+    assert [score_number(document, [each])["exact_match"] for each in wrong] == [0.0] * 5
 
 
 def test_wikitext_has_no_other_protocol(tiny_data: PreparedData) -> None:

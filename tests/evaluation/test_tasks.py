@@ -166,6 +166,18 @@ def test_worked_examples(tmp_path: Path) -> None:
         load_benchmark(BENCHMARKS["piqa"], tmp_path, num_fewshot=2)
 
 
+def test_the_bare_question_is_asked_and_a_number_read(tmp_path: Path) -> None:
+    write_benchmarks(tmp_path)
+    for shots in (None, 5):
+        loaded = load_benchmark(BENCHMARKS["gsm8k_bare"], tmp_path, num_fewshot=shots)
+        task = loaded.tasks["gsm8k_bare"]
+        assert [asked[1][0] for asked in requests(task)] == [f"{row['question']}\n" for row in problems(10)]
+    assert task.process_results(task.eval_docs[4], ["1+6=7\nanswer: 7"]) == {"exact_match": 1.0}
+    assert task.process_results(task.eval_docs[4], ["1+6=7\nanswer: 8"]) == {"exact_match": 0.0}
+    (tmp_path / "gsm8k-train.jsonl").unlink()
+    check_files([BENCHMARKS["gsm8k_bare"]], tmp_path)
+
+
 def test_subsets_are_spread_evenly_over_the_paradigms(tmp_path: Path) -> None:
     assert spread(10, None) == spread(10, 99) == list(range(10))
     assert spread(10, 4) == [0, 2, 5, 7]
@@ -231,3 +243,5 @@ def test_hub_tasks_are_asked_for_by_name() -> None:
     """Without network the hub's answer is one clear line, and the name is the harness's own."""
     with pytest.raises(InputError, match=r"task piqa: its documents cannot be had: .*baber/piqa"):
         load_benchmark(BENCHMARKS["piqa"], None)
+    with pytest.raises(InputError, match=r"task gsm8k_bare: its documents cannot be had: .*openai/gsm8k"):
+        load_benchmark(BENCHMARKS["gsm8k_bare"], None)

@@ -120,7 +120,10 @@ def evaluate(
     model: ModelArgument,
     tasks: Annotated[
         str,
-        Option(help="With commas between: lambada, hellaswag, blimp, piqa, arc_easy, arc_challenge, gsm8k, wikitext."),
+        Option(
+            help="With commas between: lambada, hellaswag, blimp, piqa, arc_easy, arc_challenge, gsm8k, gsm8k_bare, "
+            "wikitext."
+        ),
     ],
     output: Annotated[Path, Option(help="Folder of the results; made again, a call goes on where it stopped.")],
     data_dir: Annotated[

@@ -27,7 +27,7 @@ class Benchmark:
     Attributes:
         name: as users say it.
         task: the harness's name, of a task or of a group.
-        folder: where the harness keeps it, below lm_eval/tasks.
+        folder: where the harness keeps it, below lm_eval/tasks; None where it is ours alone, of the authors' protocol.
         files: that --data-dir has to hold.
         documents: of the tiers `smoke` and `small`; `full` is all.
         headline: the metric to plot.
@@ -36,7 +36,7 @@ class Benchmark:
 
     name: str
     task: str
-    folder: str
+    folder: str | None
     files: tuple[str, ...]
     documents: tuple[int, int]
     headline: str
@@ -58,6 +58,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         Benchmark("arc_easy", "arc_easy", "arc", ("arc_easy",), (64, 1000), "acc_norm"),
         Benchmark("arc_challenge", "arc_challenge", "arc", ("arc_challenge",), (64, 1000), "acc_norm"),
         Benchmark("gsm8k", "gsm8k", "gsm8k", ("gsm8k-train", "gsm8k-test"), (16, 200), "exact_match,strict-match"),
+        Benchmark("gsm8k_bare", "gsm8k_bare", None, ("gsm8k-test",), (16, 200), "exact_match"),
         Benchmark("wikitext", "wikitext", "wikitext", ("wikitext2-test.txt",), (2, 20), "word_perplexity"),
     )
 }
@@ -128,11 +129,10 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None, num_fewshot: int
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-    harness_tasks = Path(str(lm_eval.tasks.__file__)).parent / benchmark.folder
+    theirs = data_dir is None and benchmark.folder is not None
+    tasks_folder = Path(str(lm_eval.tasks.__file__)).parent / str(benchmark.folder) if theirs else LOCAL_TASKS
     metadata: dict[str, Any] = {} if data_dir is None else {"data_dir": str(data_dir)}
-    manager = TaskManager(
-        include_path=harness_tasks if data_dir is None else LOCAL_TASKS, include_defaults=False, metadata=metadata
-    )
+    manager = TaskManager(include_path=tasks_folder, include_defaults=False, metadata=metadata)
     try:
         loaded = manager.load([benchmark.task])
     except (InputError, RunError):

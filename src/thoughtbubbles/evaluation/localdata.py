@@ -42,19 +42,27 @@ def find_file(data_dir: str | Path, stem: str) -> Path:
     raise DataError(f"--data-dir {folder}: expected {' or '.join(names)} in it")
 
 
-def load(data_dir: str | None = None, files: dict[str, str] | None = None, **fields: Any) -> "DatasetDict":
+def load(
+    data_dir: str | None = None,
+    files: dict[str, str] | None = None,
+    hub: tuple[str, str] | None = None,
+    **fields: Any,
+) -> "DatasetDict":
     """The splits of a benchmark, as the harness wants them.
 
     Args:
         data_dir: the folder.
         files: the file's name of each split.
+        hub: a dataset of the hub and its configuration, which have the documents where there is no folder.
         fields: `fields`, the names of columns that there must be; the harness adds what else it knows.
 
     Raises:
         DataError: no folder, a missing file, a missing field.
     """
-    from datasets import DatasetDict
+    from datasets import DatasetDict, load_dataset
 
+    if data_dir is None and hub is not None:
+        return load_dataset(*hub)
     if data_dir is None:
         raise DataError("data_dir is missing: expected the folder of the tasks, as in --metadata data_dir=FOLDER")
     needed = fields.get("fields", ())

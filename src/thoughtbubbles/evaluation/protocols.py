@@ -1,7 +1,9 @@
 """What is measured beside the harness's metrics: the authors' protocol, and the likelihood of GSM8K's solutions."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 # A context and what follows it, as text.
 Pair = tuple[str, str]
+# What stands before the number that answers: in GSM8K's own solutions, and in what the authors teach.
+ANSWER_MARK = re.compile(r"####|answer:", re.IGNORECASE)
+NUMBER = re.compile(r"-?\$?[\d,]*\.?\d+")
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,22 @@ def _mean_losses(lm: Any, pairs: Sequence[Pair]) -> list[float]:
     return [
         -score / min(len(tokens), lm.max_length) for (score, _), (_, _, tokens) in zip(scores, requests, strict=True)
     ]
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the last `####` or `answer:` of a text; None if there is none."""
+    _, *behind = ANSWER_MARK.split(text)
+    found = NUMBER.search(behind[-1]) if behind else None
+    return None if found is None else Decimal(re.sub(r"[$,]", "", found[0]))
+
+
+def score_number(document: Document, results: Sequence[str]) -> dict[str, float]:
+    """The authors' GSM8K, for the harness: 1 where what was written answers as the document does, else 0.
+
+    Their script compares floats, and a thousands separator in the document's answer makes any answer wrong; here not.
+    """
+    written, gold = (final_number(text) for text in (results[0], document["answer"]))
+    return {"exact_match": float(written is not None and written == gold)}
 
 
 def gold_likelihoods(lm: "HFLM", documents: Sequence[Document]) -> list[Measure]:

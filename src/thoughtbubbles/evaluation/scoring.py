@@ -50,7 +50,7 @@ def run_task(
     samples = [sample for part in rows for sample in part.of_each_document]
     documents = [sample["doc"] for sample in samples]
     leaks = lm.model.config.leaks
-    metrics = _harness_metrics(first, rows, leaks)
+    metrics = _harness_metrics(first, rows, leaks, "authors" if benchmark.folder is None else "harness")
     metrics += [
         MetricRecord(each.protocol, each.metric, "mean", True, leaks, each.values)
         for each in measure_documents(benchmark.name, lm, documents, progress)
@@ -95,8 +95,8 @@ class _Rows:
         return self.by(self.filters[0])
 
 
-def _harness_metrics(task: Any, rows: Sequence[_Rows], leaks: bool) -> list[MetricRecord]:
-    """The harness's metrics; what it generates token by token never leaks."""
+def _harness_metrics(task: Any, rows: Sequence[_Rows], leaks: bool, protocol: str) -> list[MetricRecord]:
+    """The metrics of a task that the harness evaluates; what it generates token by token never leaks."""
     filters = rows[0].filters
     found = []
     for name in filters:
@@ -106,7 +106,7 @@ def _harness_metrics(task: Any, rows: Sequence[_Rows], leaks: bool) -> list[Metr
             weighted = isinstance(values[0], tuple)
             found.append(
                 MetricRecord(
-                    protocol="harness",
+                    protocol=protocol,
                     metric=metric if len(filters) == 1 else f"{metric},{name}",
                     kind=task.aggregation()[metric].__name__,
                     higher_is_better=bool(task.higher_is_better()[metric]),

@@ -45,8 +45,8 @@ class Preparation:
     vocab_size: int = option("Vocabulary of the trained tokenizer, at most; of no effect on a given one.", 4096)
     block_size: int = option("Tokens a block.", 512)
     packing: str = option(
-        "`packed`, documents one after another, cut into blocks; or `padded`, each by itself in a row, filled up to the "
-        "longest of its forward pass; of one longer than a block the end is kept.",
+        "`packed`, documents one after another, cut into blocks; or `padded`, each by itself in a row, filled up to "
+        "the longest of its forward pass; of one longer than a block the end is kept.",
         "packed",
     )
     validation_fraction: float = option("Share of the documents held out.", 0.05)

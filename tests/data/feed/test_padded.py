@@ -1,4 +1,4 @@
-"""Padded folders: a document a row, prepared, loaded, mixed with blocks, trained on, and refused where blocks are needed."""
+"""Padded folders, a document a row: prepared, mixed with blocks, trained on, and refused where blocks are needed."""
 
 from pathlib import Path
 
