@@ -111,7 +111,7 @@ def pad(
     """
     if not len(order):
         raise DataError(f"{split} has no documents: expected more text")
-    rows: TokenArray = np.memmap(path, dtype=dtype, mode="w+", shape=(len(order), block_size))
+    rows: np.memmap[Any, np.dtype[Any]] = np.memmap(path, dtype=dtype, mode="w+", shape=(len(order), block_size))
     rows[:] = end
     places = np.full(len(lengths), -1, dtype=np.int64)
     places[order] = np.arange(len(order))

@@ -223,11 +223,13 @@ class Stages:
         self, name: str, order: Indices, store: ShardStore, documents: DocumentArray, separator: int, end: int
     ) -> SplitRecord:
         path = self.work / f"{name}.tokens"
-        block_size, padded = self.job.options.block_size, self.job.options.packing == PADDED
-        marks = (separator, end) if padded else (separator,)
+        block_size, dtype = self.job.options.block_size, store.dtype
+        tokens, lengths = store.tokens(), documents["tokens"]
         with stage(f"Packing {name}", 1, self.progress) as bar:
-            make = pad if padded else pack
-            packed = make(store.tokens(), documents["tokens"], order, *marks, store.dtype, block_size, path, name)
+            if self.job.options.packing == PADDED:
+                packed = pad(tokens, lengths, order, separator, end, dtype, block_size, path, name)
+            else:
+                packed = pack(tokens, lengths, order, separator, dtype, block_size, path, name)
             _save_blocks(packed, self.work / RESULT / name, f"{self.fingerprint}-{name}")
             bar.advance(1, "")
             bar.show(f"{len(packed.blocks):,} blocks of {block_size}")
