@@ -10,15 +10,17 @@ from tests.comparison.conftest import write_recipe
 from tests.helpers import tiny_model
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
 from thoughtbubbles.cli import app
+from thoughtbubbles.comparison.measuring import measure_run
 from thoughtbubbles.comparison.runs import RunPlanner
 from thoughtbubbles.data import DataError, PreparedData, load_prepared, prepare
 from thoughtbubbles.data.feed.blocks import collate_blocks
 from thoughtbubbles.data.feed.loading import load_run_data
 from thoughtbubbles.model.accounting import training_flops
+from thoughtbubbles.model.loading import load_model
 from thoughtbubbles.model.loss import IGNORE_INDEX
 from thoughtbubbles.recipes.comparison import load_comparison
-from thoughtbubbles.recipes.training import RecipeError
 from thoughtbubbles.support.metrics import read_metrics
+from thoughtbubbles.support.sampling import spread
 from thoughtbubbles.training.configuration import build_config
 from thoughtbubbles.training.meter import Meter
 from thoughtbubbles.training.run import train
@@ -133,5 +135,14 @@ def test_what_reads_blocks_refuses_rows(tmp_path: Path, tiny_run: Path, padded: 
     ):
         made = CliRunner().invoke(app, arguments)
         assert f"{what} {padded.path}: its documents have a row each" in str(made.exception), made.output
-    with pytest.raises(RecipeError, match="documents with a row each, expected packed blocks alone"):
-        RunPlanner(load_comparison(write_recipe(tmp_path, padded.path)))
+
+
+def test_variants_are_compared_on_rows(tmp_path: Path, tiny_data: PreparedData, padded: PreparedData) -> None:
+    comparison = load_comparison(write_recipe(tmp_path, padded.path), ["training.steps=2", "seeds=[0]"])
+    planner = RunPlanner(comparison)
+    run = planner.runs({})[-1]
+    train(run.recipe, progress=False)
+    found = measure_run(run.folder, planner.data, comparison.evaluation)
+    model, rows = load_model(run.folder), [padded.validation[index] for index in spread(12, 5)]
+    alone = [model(**collate_blocks([row])).loss.item() for row in rows]
+    assert found.losses[found.own] == pytest.approx(alone, abs=1e-5)
