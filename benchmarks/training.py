@@ -209,7 +209,8 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
 def with_llama_block(shape: ThoughtbubblesConfig, key_value_heads: int | None) -> ThoughtbubblesConfig:
     """The shape with a Llama's block, and so many heads of keys and values; None is as many as heads."""
     changes = {**LLAMA, "num_key_value_heads": key_value_heads or shape.num_attention_heads}
-    return ThoughtbubblesConfig.from_dict({**shape.to_dict(), **changes})
+    config: ThoughtbubblesConfig = ThoughtbubblesConfig.from_dict({**shape.to_dict(), **changes})
+    return config
 
 
 def neox(shape: ThoughtbubblesConfig) -> GPTNeoXForCausalLM:

@@ -50,10 +50,11 @@ class Bench:
         torch.manual_seed(0)
         config = llama(self.shape(2 if self.rehearse else 4)).config
         # Made in that type, for `to` would round the frequencies of their rotary embedding too.
-        theirs = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        theirs.eval().to(self.device)
+        theirs: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        theirs.to(self.device)
         ids = torch.randint(theirs.config.vocab_size, (2, self.length), device=self.device)
-        found = {"ours": retrofit(theirs).to(self.device)(ids, budget=1).logits, "sdpa": theirs(ids).logits}
+        ours: Any = retrofit(theirs)
+        found = {"ours": ours.to(self.device)(ids, budget=1).logits, "sdpa": theirs(ids).logits}
         theirs.set_attn_implementation("eager")
         found["eager"] = theirs(ids).logits
         apart = {name: distance(found[name], found["sdpa"]) for name in ("ours", "eager")}

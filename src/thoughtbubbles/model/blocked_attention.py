@@ -1,9 +1,9 @@
 """Causal attention in blocks, for bfloat16 on CPUs (method: Attenuation).
 
 PyTorch's fused CPU kernel does its products of bfloat16 at a fraction of the speed of the library's batched products,
-above all backward; without a backward pass it stays, so that a retrofitted model's bits are those of its own class. This
-one is made of batched products: a block of queries of a few rows at a time against the keys up to its end, so that memory
-stays linear in the number of streams. Scores are softmaxed, and their gradients formed, in float32 or wider.
+above all backward; without a backward pass it stays, so that a retrofitted model's bits are those of its own class.
+This one is made of batched products: a block of queries of a few rows at a time against the keys up to its end, so that
+memory stays linear in the number of streams. Scores are softmaxed, and their gradients formed, in float32 or wider.
 
 Shape letters: B batch, N streams, H heads, G heads of keys and values, K head size; g of the B G, each with s = H / G
 heads of queries; e keys up to the end of a block, r queries in it.

@@ -37,18 +37,23 @@ class StoredWeights:
             for name, tensor in _load(file, "meta").items():
                 self._files[name] = file
                 self.shapes[name] = tensor
-        self._open: dict[Path, Callable[[str], Tensor]] = {}
+        self._held: dict[Path, dict[str, Tensor]] = {}
 
     def read(self, name: str) -> Tensor:
         """A tensor, whose memory may be the file's."""
         file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _reader(file)
-        return self._open[file](name)
+        if file.suffix == ".safetensors":
+            # Opened each time: as long as a file is mapped, all that was read of it counts as this process's memory.
+            with safe_open(file, framework="pt") as opened:
+                found: Tensor = opened.get_tensor(name)
+                return found
+        if file not in self._held:
+            self._held[file] = _load(file, "cpu")
+        return self._held[file][name]
 
     def close(self) -> None:
-        """Let go of the files: what was read of them and is not held elsewhere leaves memory."""
-        self._open.clear()
+        """Let go of files that can only be read whole: what of them is not held elsewhere leaves memory."""
+        self._held.clear()
 
 
 def write_weights(shapes: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], folder: Path,
@@ -102,13 +107,6 @@ def _load(file: Path, place: str) -> dict[str, Tensor]:
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{file.name}: expected tensors by name alone")
     return found
-
-
-def _reader(file: Path) -> Callable[[str], Tensor]:
-    if file.suffix == ".safetensors":
-        opened = safe_open(file, framework="pt")
-        return lambda name: opened.get_tensor(name)
-    return _load(file, "cpu").__getitem__
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
