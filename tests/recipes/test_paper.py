@@ -108,8 +108,7 @@ def test_the_largest() -> None:
     assert count_parameters(config) == 1_915_858_944
     assert count_parameters(dense_twin(config)) == 1_915_858_944 - 3 * 5 * 2048
     assert (str(config.exact_budget()), config.max_position_embeddings) == ("2", BLOCK)
-    assert (settings.batch_size, settings.learning_rate, settings.weight_decay) == (480, 2.5e-4, 0.1)
-    assert settings.groups == ALL_DECAY
+    assert (settings.batch_size, settings.learning_rate, settings.groups) == (480, 2.5e-4, ALL_DECAY)
     check_ramps(settings, warmup=814, decay=1628)
     assert (config.hidden_act, config.fork_embedding_init, config.merge) == ("gelu_pytorch_tanh", "normal", "residual")
 

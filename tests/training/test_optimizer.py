@@ -108,6 +108,15 @@ def test_groups_have_rates_and_decay_of_their_own() -> None:
         build_optimizer(model, settings(groups={"*embeds*": GroupSection()}))
 
 
+def test_one_pattern_decays_all_parameters() -> None:
+    model = tiny_model(gate_start=0.1)
+    everything = {"*": GroupSection(weight_decay=0.3)}
+    (group,) = build_optimizer(model, settings(weight_decay=0.2, groups=everything)).param_groups
+    assert group["weight_decay"] == 0.3
+    assert {*group["params"]} == {*model.parameters()}
+    assert {parameter.dim() for parameter in group["params"]} == {1, 2}
+
+
 def test_what_is_frozen_stays(tmp_path: Path, tiny_data: PreparedData) -> None:
     recipe = tiny_recipe(tmp_path, tiny_data.path, "training.freeze=['*layers.0.*', '*norm*']", "training.save_every=5")
     with pytest.raises(KeyboardInterrupt):

@@ -39,7 +39,7 @@ SHRUNK = (
 NEW = (*(f"model.{each}" for each in SHAPE), f"model.max_position_embeddings={BLOCK}")
 COMPARED = ("evaluation.blocks=4", "evaluation.prefix_blocks=2", "evaluation.prefix_positions=2")
 FOLDERS = {
-    **{name: name for name in ("openwebtext", "pes2o", "fineweb", "gsm8k-aug", "mmlu", "smoltalk")},
+    **{name: name for name in ("openwebtext", "pes2o", "fineweb", "gsm8k-aug", "gsm8k-aug-usual", "mmlu", "smoltalk")},
     **{"pes2o-12b": "pes2o", "fineweb-held-out": "fineweb", "pes2o-held-out": "pes2o"},
 }
 """Prepared folders that the recipes name, and the recipe of each."""
@@ -48,7 +48,7 @@ FOLDERS = {
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Rows with the fields of a dataset of the hub."""
     asked = [f"{line}?" for line in lines(30)]
-    if name == "gsm8k-aug":
+    if name.startswith("gsm8k-aug"):
         return [
             {"question": text, "steps": [f"<<{i}+1={i + 1}>>"], "answer": str(i + 1)} for i, text in enumerate(asked)
         ]
@@ -130,7 +130,7 @@ def test_pretraining_midtraining_and_fine_tuning_go_on_from_each_other(
     tasks = ("training.eval_tasks_dir=evals", "training.eval_tasks_documents=2")
     more = {"1.9b-fork": NEW, "midtraining": (), "gsm8k": tasks}
     for name in CHAIN:
-        overrides = (*SHRUNK, *more[name])
+        overrides: tuple[str, ...] = (*SHRUNK, *more[name])
         recipe = load_recipe(PAPER / f"{name}.yaml", overrides)
         train(recipe, callbacks=task_scores(recipe))
         check_run(place / "runs" / "paper" / name, PAPER / f"{name}.yaml", *overrides)
@@ -142,6 +142,9 @@ def test_pretraining_midtraining_and_fine_tuning_go_on_from_each_other(
         assert f"training.moments_from=runs/paper/{source}: moments of 59 weights after step 10\n" in said
     scored = (place / "runs" / "paper" / "gsm8k" / "tasks.jsonl").read_text()
     assert scored.count('"gsm8k_bare/authors/exact_match"') == 2
+    usual = ("data.path=runs/gsm8k-aug-usual", "training.eval_tasks=null", "training.output=runs/usual")
+    train(load_recipe(PAPER / "gsm8k.yaml", (*SHRUNK, *usual)), progress=False)
+    check_run(place / "runs" / "usual", PAPER / "gsm8k.yaml", *SHRUNK, *usual)
     # Midtraining drew from every corpus, of which three have rows of their own length.
     evaluated = read_metrics(place / "runs" / "paper" / "midtraining" / "metrics.jsonl")[-1]
     assert {

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from tests.comparison.conftest import write_recipe
 from tests.helpers import tiny_model
 from tests.run_fixtures import BLOCK, sentences, tiny_recipe
+from tests.training.test_run import Kill, comparable, train_with
 from thoughtbubbles.cli import app
 from thoughtbubbles.comparison.measuring import measure_run
 from thoughtbubbles.comparison.runs import RunPlanner
@@ -96,7 +97,7 @@ def test_a_batch_has_the_loss_of_its_rows_alone(padded: PreparedData) -> None:
     assert model(**batch, num_items_in_batch=targets).loss.item() == pytest.approx(alone.item(), abs=1e-9)
 
 
-def test_a_run_on_blocks_and_rows_counts_real_tokens(
+def test_a_run_on_blocks_and_rows_counts_real_tokens_and_resumes(
     tmp_path: Path, tiny_data: PreparedData, padded: PreparedData
 ) -> None:
     mixture = f"data.mixture={{{tiny_data.path}: 0.5, {padded.path}: 0.5}}"
@@ -113,6 +114,11 @@ def test_a_run_on_blocks_and_rows_counts_real_tokens(
     train(recipe, progress=False)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["tokens"] == sum(lengths)
+    recipe.training.output = str(tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        train_with(recipe, Kill(at=7))
+    train(recipe, progress=False)
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "run")
     names = {f"eval_loss/{corpus.path.name}" for corpus in (tiny_data, padded)}
     assert names <= {name for row in rows for name in row}
 
