@@ -297,7 +297,7 @@ NEOX: Case = {"parallel_residual": True, "partial_rotary_factor": 0.25, "attenti
 OTHER_BLOCKS = [LLAMA, NEOX, {**LLAMA, "parallel_residual": True, "rope_parameters": ROPES[2]}]
 """Blocks that differ from the paper's in all that counts."""
 
-# The rules beside `causal` by which no logit depends on a later token.
+# What differs from a `causal` model of the defaults, and yet no logit depends on a later token.
 LEFT_TO_RIGHT: list[Case] = [
     {"routing": "threshold", "budget": 1.5},
     {"routing": "threshold", "budget": 3.25},
@@ -308,4 +308,6 @@ LEFT_TO_RIGHT: list[Case] = [
     {"routing": "copy", "budget": 3},
     {"routing": "copy", "budget": 2, "copy_layer": 2},
     {"routing": "pause", "budget": 3},
+    {"routing": "causal", "budget": 1.5, "fork_content": "attended"},
+    {"routing": "threshold", "budget": 3.25, "fork_content": "attended"},
 ]

@@ -21,7 +21,7 @@ MOST_LINES = 60
 MEDIAN_LINES = 8
 PAPER = ("streams", "routing", "gate", "attention", "modeling")
 """What a reader of the paper reads, in model/."""
-PAPER_LINES = 1300
+PAPER_LINES = 1500
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -17,6 +17,7 @@ CASES: list[Case] = [
     {"routing": "topk", "budget": 2.5, "attenuation": "none"},
     {"routing": "random", "budget": 3, "merge": "probability"},
     {"routing": "uniform", "budget": 2},
+    {"routing": "causal", "budget": 2, "fork_content": "attended"},
 ]
 every_case = pytest.mark.parametrize("rules", CASES, ids=case_id)
 

@@ -417,6 +417,7 @@ class TestBadInput:
             ("gate_scores", "forks"),
             ("gate_scores", "fixed"),
             ("fork_embedding", "relative"),
+            ("fork_content", "attended"),
             ("fork_layers", [1, 2, 4]),
             ("routing", "threshold"),
             ("routing", "uniform"),

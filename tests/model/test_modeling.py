@@ -45,6 +45,7 @@ FACTORS: dict[str, list[Any]] = {
     "gate_scores": ["learned", "forks", "fixed"],
     "gate_start": [None, 0.1],
     "fork_embedding": ["absolute", "relative"],
+    "fork_content": ["embedding", "attended"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],
     "budget": [1, 1.2, 1.5, 2, 3.25, 4],
@@ -77,6 +78,7 @@ BLOCKS: dict[str, list[Any]] = {
     "parallel_residual": [False, True],
     "partial_rotary_factor": [1.0, 0.5, 0.8],
     "rope_parameters": [None, *ROPES],
+    "fork_content": ["embedding", "attended"],
 }
 GATED = [routing for routing in FACTORS["routing"] if routing != "none"]
 RULES = list(itertools.product(FACTORS["attenuation"], FACTORS["merge"]))

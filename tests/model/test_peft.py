@@ -69,6 +69,18 @@ def test_every_linear_map_can_be_adapted(targets: Any) -> None:
     assert torch.equal(model(ids).logits, tiny_model(budget=1.5).double()(ids).logits)
 
 
+def test_every_linear_map_can_be_adapted_where_forks_attend() -> None:
+    model = adapted(targets="all-linear", fork_content="attended")
+    assert adapted_maps(model) == MAPS | {
+        f"gates.{gate}.content.{name}" for gate in (1, 2) for name in ("qkv", "output")
+    }
+    ids = random_ids(2, 9)
+    assert torch.equal(model(ids).logits, tiny_model(budget=1.5, fork_content="attended").double()(ids).logits)
+    scramble(model)
+    expected = model(input_ids=ids).logits
+    assert torch.allclose(model.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("routing", ["causal", "topk", "none"])
 def test_training_lowers_the_loss_and_changes_adapters_alone(routing: str) -> None:
     model, ids = adapted(routing=routing), random_ids(2, 13)

@@ -56,6 +56,7 @@ class Config:
     routing: str = "causal"
     gate_scores: str = "learned"
     fork_embedding: str = "absolute"
+    fork_content: str = "embedding"
     attenuation: str = "paper"
     merge: str = "residual"
     random_rule: str = "causal"

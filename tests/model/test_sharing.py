@@ -30,6 +30,7 @@ CODE = {
         *(
             "accounting",
             "blocked_attention",
+            "content",
             "controls",
             "sharing",
             "mixture",
@@ -113,7 +114,7 @@ def test_copies_are_complete_and_minimal(folder: Path) -> None:
 
 
 def test_copies_cost_little_beside_any_weights(folder: Path) -> None:
-    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 200_000
+    assert sum(path.stat().st_size for path in folder.glob("*.py")) < 250_000
 
 
 def test_config_names_the_classes(folder: Path) -> None:
@@ -336,6 +337,14 @@ def test_code_of_the_card_runs_where_the_package_is_not_installed(folder: Path, 
     assert done.returncode == 0, done.stderr
     loaded = [line for line in done.stdout.splitlines() if line.startswith("transformers_modules.")]
     assert len(set(loaded)) == 2
+
+
+def test_card_says_where_forks_attend(tmp_path: Path) -> None:
+    write_model_card(tmp_path, tiny_config(fork_content="attended"))
+    assert "a head of its own" in rows_of(card_of(tmp_path))["a fork is"]
+    for fields in ({}, {"fork_content": "attended", "routing": "none"}):
+        write_model_card(tmp_path, tiny_config(**fields))
+        assert "a fork is" not in rows_of(card_of(tmp_path))
 
 
 def test_card_of_topk_warns(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def evaluated(model: ThoughtbubblesForCausalLM, ids: Tensor) -> Tensor:
         pytest.param("uniform", [1.5, 2], marks=long),
         pytest.param("copy", [1, 2], marks=long),
         pytest.param("pause", [1, 2], marks=long),
+        pytest.param("attended", [1.5, 2], marks=long),
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=long)])
@@ -75,6 +76,8 @@ def test_each_budget_is_one_graph_that_computes_what_the_model_does(
     shape: dict[str, Any] = {"routing": routing, "num_hidden_layers": 2, "budget": 2}
     if routing == "looped":
         shape |= {"routing": "none", "num_loops": 2}
+    if routing == "attended":
+        shape |= {"routing": "causal", "fork_content": "attended"}
     shape["fork_layers"] = [1] if RULES[shape["routing"]].router is not None else []
     eager, compiled = tiny_model(**shape), tiny_model(**shape)
     if checkpointing:

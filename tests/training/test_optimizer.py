@@ -167,12 +167,14 @@ def test_adapters_and_gates_are_trained_and_merged(tmp_path: Path, tiny_run: Pat
 @pytest.mark.parametrize("mlp", ["plain", "gated"])
 def test_adapters_stand_beside_all_linear_layers_of_the_blocks(mlp: str) -> None:
     pytest.importorskip("peft")
-    model = tiny_model(mlp=mlp)
+    model = tiny_model(mlp=mlp, fork_content="attended")
     linear = {name for name, part in model.model.layers.named_modules() if isinstance(part, nn.Linear)}
     add_adapters(model, LoraSection(rank=2))
     adapted = {name for name, part in model.model.layers.named_modules() if hasattr(part, "lora_A")}
     assert adapted == linear
     assert len(linear) == 4 * (5 if mlp == "gated" else 4)
+    assert not any(hasattr(part, "lora_A") for part in model.model.gates.modules())
+    assert all(parameter.requires_grad for parameter in model.model.gates.parameters())
 
 
 def test_a_target_that_is_not_there_is_named() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -121,11 +122,18 @@ def test_a_run_divided_over_two_processes_is_that_of_one_which_goes_on_with_it(
 
 
 @pytest.mark.long
-def test_another_block_divided_over_two_processes_trains_as_one(tmp_path: Path, tiny_data: PreparedData) -> None:
-    block = [f"model.{name}={json.dumps(value)}" for name, value in LLAMA.items()]
+@pytest.mark.parametrize(
+    ("sharding", "fields"),
+    [("fsdp", LLAMA), *((sharding, {"fork_content": "attended", "budget": 2}) for sharding in SHARDINGS)],
+    ids=["llama", *(f"attended-{sharding}" for sharding in SHARDINGS)],
+)
+def test_another_model_divided_over_two_processes_trains_as_one(
+    sharding: str, fields: dict[str, Any], tmp_path: Path, tiny_data: PreparedData
+) -> None:
+    said = [f"training.sharding={sharding}", *(f"model.{name}={json.dumps(value)}" for name, value in fields.items())]
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        run(tmp_path / str(processes), tiny_data.path, processes, "training.sharding=fsdp", *block)
+        run(tmp_path / str(processes), tiny_data.path, processes, *said)
     assert_same_curve(tmp_path / "2" / "run", tmp_path / "1" / "run")
 
 

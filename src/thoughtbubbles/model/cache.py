@@ -99,6 +99,7 @@ class StreamCache(Cache):
         self.budget: Fraction | None = None
         self.attention: list[AttentionMemory] = []
         self.forks: dict[int, RouteMemory] = {}
+        self.attended: dict[int, AttentionMemory] = {}
         self.real: Tensor | None = None
         self._settings: dict[str, Any] | None = None
 
@@ -113,6 +114,8 @@ class StreamCache(Cache):
             self._settings, self.budget = copy.deepcopy(settings), budget
             self.attention = [AttentionMemory() for _ in range(config.depth)]
             self.forks = {layer: config.rule.memory() for layer in config.gated_layers}
+            if config.fork_content == "attended":
+                self.attended = {layer: AttentionMemory() for layer in config.gated_layers}
         others = [name for name, value in settings.items() if value != self._settings[name]]
         if others:
             filled, now = ({name: of[name] for name in others} for of in (self._settings, settings))
@@ -184,7 +187,7 @@ class StreamCache(Cache):
             memory.select_rows(indices)
 
     def _memories(self) -> list[RowMemory]:
-        return [*self.attention, *self.forks.values()]
+        return [*self.attention, *self.forks.values(), *self.attended.values()]
 
     @property
     def is_initialized(self) -> bool:

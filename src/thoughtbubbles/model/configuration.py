@@ -17,6 +17,7 @@ RANDOM_RULES = ("causal", "topk")
 GATE_SCORES = ("learned", "forks", "fixed")
 FORK_EMBEDDINGS = ("absolute", "relative")
 FORK_EMBEDDING_INITS = ("uniform", "normal")
+FORK_CONTENTS = ("embedding", "attended")
 ATTENUATIONS = ("paper", "released", "none")
 MERGES = ("residual", "residual-normed", "probability", "root")
 NORMS = ("layernorm", "rmsnorm")
@@ -78,6 +79,9 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             and drawn large, so that a fork is no copy of its source (method: Gate).
         fork_embedding_init: what an absolute one is drawn from: `uniform`, between 0 and 1 / sqrt(D), or `normal`, of
             variance 1 / D around 0 (method: Gate). Without effect where fork_embedding is `relative`.
+        fork_content: `embedding`, or `attended`: beside the embedding a fork gets what a head of 64 channels attends to
+            among the streams that enter its layer (method: Gate). Without effect where there are no gates, and so no
+            forks: routing `none`, `copy` or `pause`, or no fork layers.
         attenuation: `paper`, `released` or `none` (method: Attenuation).
         merge: `residual`, `residual-normed`, `probability` or `root` (method: Merge). For `copy` and `pause`, whose
             streams have no scores, all but `root` take the mean over the streams of a token.
@@ -129,6 +133,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
     gate_start: float | None = None
     fork_embedding: str = "absolute"
     fork_embedding_init: str = "uniform"
+    fork_content: str = "embedding"
     attenuation: str = "paper"
     merge: str = "residual"
     tie_word_embeddings: bool = True
@@ -307,6 +312,7 @@ class ThoughtbubblesConfig(PreTrainedConfig):
             ("gate_scores", GATE_SCORES),
             ("fork_embedding", FORK_EMBEDDINGS),
             ("fork_embedding_init", FORK_EMBEDDING_INITS),
+            ("fork_content", FORK_CONTENTS),
             ("attenuation", ATTENUATIONS),
             ("merge", MERGES),
             ("norm", NORMS),

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .cache import AttentionMemory
 from .configuration import ThoughtbubblesConfig
+from .content import AttendedContent
 from .memory import RouteMemory
 from .routing import Candidates
 from .streams import Streams
@@ -35,6 +37,7 @@ class ForkGate(nn.Module):
         self.is_relative = config.fork_embedding == "relative"
         self.is_normal = config.fork_embedding_init == "normal"
         self.fork_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.content = AttendedContent(config, layer) if config.fork_content == "attended" else None
         self.reset()
 
     @torch.no_grad()
@@ -52,12 +55,18 @@ class ForkGate(nn.Module):
             init.uniform_(self.fork_embedding, b=size)
 
     def forward(
-        self, streams: Streams, budget: Fraction, memory: RouteMemory | None = None, step: Tensor | int = 0
+        self,
+        streams: Streams,
+        budget: Fraction,
+        memory: RouteMemory | None = None,
+        step: Tensor | int = 0,
+        attended: AttentionMemory | None = None,
     ) -> Streams:
         """The streams that enter the fork layer's block, at most N' of them a row (method: State).
 
         With the memory of a cache the causal rule goes on from what it holds, in place of topk too (method: Cache), the
-        new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`.
+        new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`,
+        `attended` the memory of `AttendedContent`.
         """
         scores = self.candidate_scores(streams)
         token = streams.ordinal.repeat_interleave(2, dim=1)
@@ -70,7 +79,7 @@ class ForkGate(nn.Module):
         else:
             width = max(int(survive.sum(1).max()), 1)
         origin, alive = pack_left(survive, width)
-        return self.select(streams, scores, origin, alive)
+        return self.select(streams, scores, origin, alive, attended)
 
     def _route(self, candidates: Candidates, memory: RouteMemory | None) -> Tensor:
         """[B, 2N] bool: which of the candidates survive."""
@@ -93,15 +102,24 @@ class ForkGate(nn.Module):
             gates = torch.stack([fork, keep.masked_fill(streams.is_root, 0)], dim=-1)
         return (streams.log_score[..., None] + gates).flatten(1)
 
-    def select(self, streams: Streams, scores: Tensor, origin: Tensor, alive: Tensor) -> Streams:
+    def select(
+        self,
+        streams: Streams,
+        scores: Tensor,
+        origin: Tensor,
+        alive: Tensor,
+        attended: AttentionMemory | None = None,
+    ) -> Streams:
         """The streams that the candidates `origin` [B, N'] become; slots not alive are emptied."""
         source = origin // 2
         rows = torch.arange(len(source), device=source.device)[:, None] * streams.token.shape[1]
-        residual = streams.residual.flatten(0, 1).index_select(0, (source + rows).flatten())
-        residual = residual.view(*source.shape, -1)
+        places = source + rows
+        residual = _take(streams.residual, places)
+        added = self.fork_embedding * (root_mean_square(residual) if self.is_relative else 1)
+        if self.content is not None:
+            added = added + self.content.project(_take(self.content.attend(streams, attended), places))
         is_fork = (origin % 2 == 0)[..., None]
-        embedding = self.fork_embedding * (root_mean_square(residual) if self.is_relative else 1)
-        residual = residual + is_fork.to(residual.dtype) * embedding.to(residual.dtype)
+        residual = residual + is_fork.to(residual.dtype) * added.to(residual.dtype)
         return Streams(
             residual=torch.where(alive[..., None], residual, 0),
             log_score=torch.where(alive, scores.gather(1, origin), 0),
@@ -111,6 +129,11 @@ class ForkGate(nn.Module):
             origin=torch.where(alive, origin, -1),
             offset=streams.offset,
         )
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """Of values [B, N, C] those at `places` [B, N'], counted through all rows: [B, N', C]."""
+    return values.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
 
 
 def pack_left(survive: Tensor, width: int) -> tuple[Tensor, Tensor]:

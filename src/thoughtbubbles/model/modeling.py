@@ -263,7 +263,8 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             # Gate and routing stay outside the block, which may be checkpointed: recomputing them could
             # choose other survivors (method: Gate).
             if index in config.gated_layers:
-                streams = self.gates[str(index)](streams, kappa, None if cache is None else cache.forks[index], step)
+                forks, attended = (None, None) if cache is None else (cache.forks[index], cache.attended.get(index))
+                streams = self.gates[str(index)](streams, kappa, forks, step, attended)
             elif self.copier is not None and index in config.copied_layers:
                 streams = self.copier(streams, kappa)
             if index == 0 or index in config.gated_layers + config.copied_layers:

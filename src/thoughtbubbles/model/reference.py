@@ -20,8 +20,10 @@ from torch import Tensor
 LOG_SCORE_FLOOR = -20.0
 GRID = 2.0**-16  # nats between two scores that routing tells apart
 IGNORED_LABEL = -100
+FORK_CHANNELS = 64  # of the head that attends for the forks
 CHOICES = {
     "routing": ("causal", "threshold", "topk", "none", "copy", "pause", "random", "uniform"),
+    "fork_content": ("embedding", "attended"),
     "attenuation": ("paper", "released", "none"),
     "merge": ("residual", "residual-normed", "probability", "root"),
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu"),
@@ -289,13 +291,15 @@ def _fork(
             raise ValueError(f"survivors of fork layer {layer}: a root's keep is missing from {survivors}")
 
     embedding = model.parameters[f"model.gates.{layer}.fork_embedding"]
+    contents = _attended_contents(model, layer, streams) if model.config.fork_content == "attended" else None
     forked = []
     for c in survivors:
         source = streams[c // 2]
         if c % 2 == 0:
             relative = model.config.fork_embedding == "relative"
             size = source.residual.square().mean().sqrt() if relative else 1.0
-            forked.append(ReferenceStream(source.residual + size * embedding, scores[c], source.token, False))
+            added = size * embedding if contents is None else size * embedding + contents[c // 2]
+            forked.append(ReferenceStream(source.residual + added, scores[c], source.token, False))
         else:
             forked.append(replace(source, log_score=scores[c]))
     # A row of padding alone has no candidates, and torch stacks no empty list.
@@ -368,10 +372,13 @@ def _yarn_factor(rope: Mapping[str, Any]) -> float:
     return size(1.0)
 
 
-def rotary_frequencies(config: Any) -> tuple[list[float], float]:
-    """Return angles a position of the pairs that turn, and the factor on cosines and sines (method: The block)."""
+def rotary_frequencies(config: Any, channels: int | None = None) -> tuple[list[float], float]:
+    """Return angles a position of the pairs that turn, and the factor on cosines and sines (method: The block).
+
+    They are of a head of which so many channels turn; None is as many as of a block's.
+    """
     rope, theta = config.rope_parameters or {"rope_type": "default"}, config.rope_theta
-    channels = int(config.head_dim * config.partial_rotary_factor)
+    channels = int(config.head_dim * config.partial_rotary_factor) if channels is None else channels
     pairs = range((channels + 1) // 2)
     frequencies = [theta ** (-2 * pair / channels) for pair in pairs]
     if rope["rope_type"] == "linear":
@@ -440,6 +447,30 @@ def _attention(model: _Model, layer: int, streams: list[ReferenceStream]) -> lis
             attended.append(logits.softmax(dim=0) @ values[seen, group])
         updates.append(model.linear(f"model.layers.{layer}.attention.o_proj", torch.cat(attended)))
     return updates
+
+
+def _attended_contents(model: _Model, layer: int, streams: list[ReferenceStream]) -> list[Tensor]:
+    """Return what a fork of each stream would bring along beside its embedding: N vectors [D] (method: Gate)."""
+    name, attenuation = f"model.gates.{layer}.content", model.config.attenuation
+    rotary = rotary_frequencies(model.config, FORK_CHANNELS)
+    positions = bubble_positions([stream.token for stream in streams], 1 if attenuation == "released" else 0)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    biases: list[Tensor] = []
+    contents = []
+    for stream, position in zip(streams, positions, strict=True):
+        projected = model.linear(f"{name}.qkv", model.layer_norm(f"{name}.norm", stream.residual))
+        q, k, v = projected.view(3, 1, FORK_CHANNELS)
+        q, k = (_rotate(x, position, *rotary) for x in (q, k))
+        if attenuation == "released":
+            q = _with_last_channel(q, torch.ones_like(stream.log_score))
+            k = _with_last_channel(k, stream.log_score)
+        keys.append(k[0])
+        values.append(v[0] * _update_weight(model, stream))
+        biases.append(stream.log_score if attenuation == "paper" else torch.zeros_like(stream.log_score))
+        weights = (torch.stack(keys) @ q[0] / math.sqrt(FORK_CHANNELS) + torch.stack(biases)).softmax(dim=0)
+        contents.append(model.linear(f"{name}.output", weights @ torch.stack(values)))
+    return contents
 
 
 def _mlp(model: _Model, layer: int, stream: ReferenceStream) -> Tensor:

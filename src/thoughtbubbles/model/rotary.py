@@ -81,21 +81,25 @@ def settle_rope(parameters: Any, longest: int) -> dict[str, Any]:
 class Rotary:
     """The frequencies of a model's rotary embedding, and what it multiplies cosines and sines by.
 
+    Args:
+        config: of the model.
+        channels: of a head that turn; None is as many as turn of the blocks' heads.
+
     Attributes:
         factor: on cosines and sines; 1 but for `yarn`.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, channels: int | None = None) -> None:
         self._config, self._scaled, self.factor = config, None, 1.0
+        self._channels = turning_channels(config) if channels is None else channels
         if config.rope_parameters is not None:
-            self._scaled, self.factor = _scaled(config)
+            self._scaled, self.factor = _scaled(config, self._channels)
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[R / 2] angles a position, of R channels that turn. Those of types that scale them are float32 numbers."""
         if self._scaled is not None:
             return torch.tensor(self._scaled, device=device, dtype=dtype)
-        channels = turning_channels(self._config)
-        exponents = torch.arange(0, channels, 2, device=device, dtype=dtype) / channels
+        exponents = torch.arange(0, self._channels, 2, device=device, dtype=dtype) / self._channels
         # As transformers writes it: at thousands of tokens the last bit shows.
         frequencies: Tensor = 1.0 / self._config.rope_theta**exponents
         return frequencies
@@ -106,9 +110,10 @@ def turning_channels(config: Any) -> int:
     return int(config.head_dim * config.partial_rotary_factor)
 
 
-def _scaled(config: Any) -> tuple[list[float], float]:
+def _scaled(config: Any, channels: int) -> tuple[list[float], float]:
     settled = copy.copy(config)
-    settled.rope_parameters = dict(config.rope_parameters)
+    settled.head_dim, settled.partial_rotary_factor = channels, 1.0
+    settled.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": 1.0}
     compute = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
     with torch.device("cpu"):  # a model may be made on the meta device
         frequencies, factor = compute(settled, torch.device("cpu"))

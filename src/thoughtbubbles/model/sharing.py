@@ -189,6 +189,8 @@ def _shape(config: ThoughtbubblesConfig) -> dict[str, str]:
         rows["blocks applied"] = f"{config.num_loops} times, with the same weights"
     if config.gated_layers:
         rows["fork layers"] = f"{', '.join(map(str, config.gated_layers))} (the first layer is 0)"
+        if config.fork_content == "attended":
+            rows["a fork is"] = "its source, a learned embedding and what a head of its own attends to"
         rows["attenuation"] = config.attenuation
     if config.copied_layers:
         rows["streams made at"] = f"layer {config.copied_layers[0]} (the first layer is 0)"
