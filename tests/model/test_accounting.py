@@ -21,6 +21,7 @@ from thoughtbubbles.model.accounting import (
     forward_flops,
     layer_widths,
     parameter_counts,
+    process_bytes,
     state_bytes,
     tokens_at_equal_flops,
     training_flops,
@@ -40,7 +41,11 @@ SPENDING = [
 
 
 @pytest.mark.parametrize("routing", RULES)
-@pytest.mark.parametrize("overrides", [{}, {"use_bias": False}, {"tie_word_embeddings": False}, LLAMA, NEOX], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"use_bias": False}, {"tie_word_embeddings": False}, {"fork_content": "attended"}, LLAMA, NEOX],
+    ids=str,
+)
 def test_parameters_are_those_of_the_model(routing: str, overrides: dict[str, Any]) -> None:
     config = ThoughtbubblesConfig(**SHAPE, routing=routing, **overrides)
     model = ThoughtbubblesForCausalLM(config)
@@ -123,6 +128,15 @@ def test_flops_of_other_blocks_are_what_torch_counts(block: dict[str, Any]) -> N
     check_flops(17, **block, routing="none")
 
 
+@pytest.mark.parametrize("fields", [{"budget": 1}, {"budget": 1.5}, {"routing": "topk", "budget": 3}, LLAMA], ids=str)
+def test_flops_of_attended_forks_are_what_torch_counts(fields: dict[str, Any]) -> None:
+    check_flops(17, **fields, fork_content="attended")
+    shape = {**SHAPE, **fields}
+    plain, attended = (ThoughtbubblesConfig(**shape, fork_content=content) for content in ("embedding", "attended"))
+    assert forward_flops(plain, 17) < forward_flops(attended, 17)
+    assert forward_flops(dense_twin(plain), 17) == forward_flops(dense_twin(attended), 17)
+
+
 def check_flops(length: int, **fields: Any) -> None:
     config = ThoughtbubblesConfig(**SHAPE, attenuation="released", **fields)
     model, ids = ThoughtbubblesForCausalLM(config), torch.randint(61, (3, length))
@@ -173,11 +187,17 @@ def decoding_model(**overrides: Any) -> ThoughtbubblesForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("merge", ["residual", "probability"])
-@pytest.mark.parametrize(("routing", "budget"), [("none", 1), ("causal", 1), ("causal", 4)])
-def test_flops_of_a_cached_step_are_what_torch_counts(routing: str, budget: float, merge: str) -> None:
+@pytest.mark.parametrize(
+    ("routing", "budget", "fields"),
+    [
+        *((*rule, {"merge": merge}) for rule in (("none", 1), ("causal", 1), ("causal", 4)) for merge in MERGES[::2]),
+        *(("causal", budget, {"fork_content": "attended"}) for budget in (1, 4)),
+    ],
+    ids=str,
+)
+def test_flops_of_a_cached_step_are_what_torch_counts(routing: str, budget: float, fields: dict[str, Any]) -> None:
     """Where every token has as many streams as every other, a step costs the mean."""
-    model = decoding_model(routing=routing, budget=budget, merge=merge)
+    model = decoding_model(routing=routing, budget=budget, **fields)
     cache, ids = StreamCache(), torch.randint(61, (1, 20))
     model(ids[:, :-1], cache=cache)
     counted = counted_flops(model, ids[:, -1:], cache=cache)
@@ -226,6 +246,21 @@ def test_bytes_of_a_cache(routing: str, budget: float, attenuation: str, precisi
     assert bool([buffer.data for memory in forks.values() for buffer in memory.buffers]) == (routing != "none")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attenuation", ["paper", "released", "none"])
+@pytest.mark.parametrize("routing", ["causal", "threshold"])
+def test_bytes_of_a_cache_where_forks_attend(routing: str, attenuation: str, precision: str) -> None:
+    """At the first fork layer scores are 0, at the second `paper` appends them to the key."""
+    fields: dict[str, Any] = {"routing": routing, "budget": 4, "attenuation": attenuation}
+    cache = check_bytes(precision, **fields, fork_content="attended")
+    widths = {
+        layer: memory.keys.data.shape[-1] for layer, memory in cache.attended.items() if memory.keys.data is not None
+    }
+    wider = {"float32": 1, "bfloat16": 2}[precision] if attenuation == "paper" else 0
+    assert widths == {1: 64, 2: 64 + wider}
+    assert {layer: memory.lengths for layer, memory in cache.attended.items()} == {1: [BLOCK] * 2, 2: [2 * BLOCK] * 2}
+
+
 def check_bytes(precision: str, **fields: Any) -> StreamCache:
     """Where the budget is spent to the last stream and rows fill whole blocks of memory, exactly as many."""
     model = decoding_model(**fields).to(getattr(torch, precision))
@@ -272,6 +307,18 @@ class Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+def test_casts_of_attended_forks_are_kept() -> None:
+    config = ThoughtbubblesConfig(**SHAPE, fork_content="attended")
+    plain = ThoughtbubblesConfig(**SHAPE)
+    kept = 2 * 4 * 64 * 32 * 2  # two gates, q, k, v and output
+    assert state_bytes(config, "float32").casts == 0
+    for checkpointing in (False, True):
+        casts = [state_bytes(each, "bfloat16", checkpointing).casts for each in (config, plain)]
+        assert casts[0] - casts[1] == kept
+    assert process_bytes(config, "bfloat16", processes=4, sharding="fsdp").casts == kept
+    assert process_bytes(plain, "bfloat16", processes=4, sharding="fsdp").casts == 0
 
 
 def saved_bytes(config: ThoughtbubblesConfig, rows: int, length: int, precision: str, checkpointing: bool) -> int:
@@ -326,6 +373,11 @@ class Case:
         {"budget": 1.5, "gate_scores": "fixed"},
         {"budget": 1.5, "gate_scores": "forks", "fork_embedding": "relative"},
         {"budget": 1.5, "gate_scores": "forks", "gate_start": 0.02},
+        {"budget": 2, "fork_content": "attended"},
+        {"budget": 1.5, "fork_content": "attended", "attenuation": "released", "routing": "topk"},
+        {"budget": 1.5, "fork_content": "attended", "attenuation": "none", "merge": "root"},
+        {"budget": 3, "fork_content": "attended", "gate_scores": "fixed", "fork_embedding": "relative"},
+        {**LLAMA, "budget": 2, "fork_content": "attended", "merge": "probability"},
         {**LLAMA, "routing": "none", "budget": 1},
         {**LLAMA, "budget": 2},
         {**LLAMA, "budget": 1.5, "gate_scores": "fixed", "merge": "residual-normed"},

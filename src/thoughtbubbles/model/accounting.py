@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from .attention import attenuated_width, shares_keys
 from .budget import Budget
 from .configuration import ThoughtbubblesConfig
+from .content import FORK_CHANNELS
 from .loss import ROWS
 from .rotary import turning_channels
 
@@ -65,7 +66,8 @@ class ParameterCounts(_Amounts):
     Attributes:
         embedding: of the tokens, and of the unembedding if it is not tied.
         blocks: attention, MLP and norms, the final norm included.
-        gates: norms, projections and fork embeddings of all gates, or the pause vectors of routing `pause`.
+        gates: norms, projections, fork embeddings and what attends for forks of all gates, or the pause vectors of
+            routing `pause`.
     """
 
     embedding: int
@@ -81,7 +83,7 @@ class StateBytes(_Amounts):
         weights: float32 masters, whatever the precision.
         gradients: float32.
         optimizer: the two moments of AdamW, float32.
-        casts: the bfloat16 copies of the matrices that autocast keeps until the backward pass; 0 in float32.
+        casts: the bfloat16 copies of matrices that autocast keeps until the backward pass; 0 in float32.
         loss: the unembedding's gradient, float32, which is formed in the forward pass, its bfloat16 copy and the logits
             of the rows that are at work.
         exchange: what the exchange with other processes takes; 0 on one.
@@ -148,7 +150,8 @@ def parameter_counts(config: ThoughtbubblesConfig) -> ParameterCounts:
     hidden, norm = config.hidden_size, _norm_parameters(config)
     block = 2 * norm + 2 * config.head_dim * config.qk_norm + _block_matrix(config) + _block_biases(config)
     scored = hidden * (1 + config.use_bias) + 2 * hidden + (config.gate_start is not None)
-    gate = hidden + (0 if config.gate_scores == "fixed" else scored)
+    content = _content_matrix(config) + hidden * (1 + config.use_bias) * _is_attended(config)
+    gate = hidden + (0 if config.gate_scores == "fixed" else scored) + content
     pauses = (int(config.exact_budget()) - 1) * hidden if config.rule.with_vectors else 0
     return ParameterCounts(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
@@ -180,6 +183,9 @@ def forward_flops(config: ThoughtbubblesConfig, length: int, budget: Budget | No
         total += 2 * width * _block_matrix(config) + 4 * width * width * channels
         if layer in config.gated_layers and config.gate_scores != "fixed":
             total += 2 * entering[layer] * 2 * hidden
+        if layer in config.gated_layers and _is_attended(config):
+            total += 2 * (3 * entering[layer] + width) * FORK_CHANNELS * hidden
+            total += 4 * entering[layer] ** 2 * FORK_CHANNELS
     decoded = entering[-1] if config.merge == "probability" else length
     return total + 2 * decoded * hidden * config.vocab_size
 
@@ -209,9 +215,10 @@ def decoding_flops(config: ThoughtbubblesConfig, context: int, budget: Budget | 
         sum over l of 2 n_l W + 4 n_l N_l H K [+ 4 n_(l-1) D where l has a gate] + 2 D V
 
     with W the entries of a block's matrices, 4 D^2 + 2 D I in the paper's, since each of its streams sees all N_l; the
-    last term n_L times with merge `probability`. That is a token's share of a forward over the whole context, which
-    counts the whole square of attention. Steps differ, as tokens do; it is less where scores leave some of the budget
-    unspent, and more in a batch, whose rows wait for that with the most streams.
+    last term n_L times with merge `probability`. Where forks attend, a layer that has a gate costs
+    2 C (3 n_(l-1) + n_l) D + 4 C n_(l-1) N_(l-1) more, with C the 64 channels of their head. That is a token's share of
+    a forward over the whole context, which counts the whole square of attention. Steps differ, as tokens do; it is less
+    where scores leave some of the budget unspent, and more in a batch, whose rows wait for that with the most streams.
     """
     return forward_flops(config, context, budget) / context
 
@@ -227,8 +234,9 @@ def cache_bytes(
 
     A layer keeps for each of its streams G keys and values, as wide as they enter the product, and the token's
     ordinal (8 bytes); a fork layer keeps for each optional candidate its log score, ordinal and whether it was admitted
-    (13 bytes), or where a threshold chooses the ordinal of each that was admitted. Memory grows in steps of
-    `memory.BLOCK` entries, which may come on top; where scores leave some of the budget unspent, less is held.
+    (13 bytes), or where a threshold chooses the ordinal of each that was admitted. Where forks attend, it keeps a key,
+    a value and the ordinal of each stream that enters it too. Memory grows in steps of `memory.BLOCK` entries, which
+    may come on top; where scores leave some of the budget unspent, less is held.
 
     Args:
         precision: of the model's numbers, float32 or bfloat16.
@@ -244,6 +252,9 @@ def cache_bytes(
         total += width * (2 * channels * item_bytes(precision) + 8)
         if layer in config.gated_layers:
             total += config.rule.memory.planned_bytes(2 * entering[layer] - context, width - context)
+        if layer in config.gated_layers and _is_attended(config):
+            channels = _head_width(_fork_head(config), layer - 1, precision, device, cached=True)
+            total += entering[layer] * (2 * channels * item_bytes(precision) + 8)
     return total
 
 
@@ -261,13 +272,14 @@ def state_bytes(
     """
     parameters, item = count_parameters(config), item_bytes(precision)
     blocks = 0 if gradient_checkpointing else config.num_hidden_layers * _block_matrix(config)
+    contents = len(config.gated_layers) * _content_matrix(config)
     unembedding = config.vocab_size * config.hidden_size
     narrow = 0 if item == WIDE else item
     return StateBytes(
         weights=WIDE * parameters,
         gradients=WIDE * parameters,
         optimizer=2 * WIDE * parameters,
-        casts=narrow * blocks,
+        casts=narrow * (blocks + contents),
         loss=(WIDE + narrow) * (unembedding + ROWS * config.vocab_size),
     )
 
@@ -285,7 +297,7 @@ def process_bytes(
     `fsdp` (FSDP2, a group for each block and one for the rest) it holds its share of weights, gradients and moments,
     and gathers the rest for the whole step, in float32, and in the precision of training a block while it is at work
     and the next one while it arrives; beside them the gradients of both groups before they are shared out, a block's
-    in float32 too. The blocks' bfloat16 numbers are then the gathered ones.
+    in float32 too. The blocks' bfloat16 numbers are then the gathered ones, and what gates have of casts is kept.
 
     Args:
         precision: float32 or bfloat16.
@@ -309,7 +321,7 @@ def process_bytes(
         weights=-(-whole.weights // processes),
         gradients=-(-whole.gradients // processes),
         optimizer=-(-whole.optimizer // processes),
-        casts=0,
+        casts=state_bytes(config, precision, gradient_checkpointing=True).casts,
         loss=whole.loss,
         exchange=WIDE * rest + item * 2 * block + WIDE * rest + item * block + WIDE * block,
     )
@@ -367,7 +379,11 @@ def activation_bytes(
         blocks += [widths[layer] * WIDE for layer in bearing]
     return ActivationBytes(
         blocks=sum(blocks) + angles,
-        gates=sum(_saved_by_gate(config, *entering[layer : layer + 2]) for layer in config.gated_layers),
+        gates=sum(
+            _saved_by_gate(config, *entering[layer : layer + 2])
+            + _saved_by_content(config, layer, entering, precision, device)
+            for layer in config.gated_layers
+        ),
         head=_saved_by_head(config, length, widths[-1], device),
         loss=loss,
         passing=passing,
@@ -386,11 +402,14 @@ def _saved_by_block(config: ThoughtbubblesConfig, layer: int, precision: str, de
     if _is_scored(config, layer) and _learns_scores(config):
         numbers += (1 if config.parallel_residual else 2) * hidden  # the updates before they are weighed
     heads, heads_wide = _saved_by_heads(config, layer, precision, device)
+    if device == "cpu" or _head_width(config, layer, precision, device) > config.head_dim:
+        # The output by streams, before o_proj; on GPUs the same memory, if nothing is cut off.
+        numbers += config.num_attention_heads * config.head_dim
     return (numbers + heads) * item + (wide + heads_wide) * WIDE
 
 
 def _saved_by_heads(config: ThoughtbubblesConfig, layer: int, precision: str, device: str) -> tuple[int, int]:
-    """Numbers that autograd saves for each stream from qkv_proj to o_proj, and those of them that are float32."""
+    """Numbers that autograd saves for each stream of heads and their product, and those of them that are float32."""
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     width = _head_width(config, layer, precision, device)
     scored, learned = _is_scored(config, layer), _learns_scores(config)
@@ -398,8 +417,6 @@ def _saved_by_heads(config: ThoughtbubblesConfig, layer: int, precision: str, de
     copied = groups != heads and not shares_keys(device, item_bytes(precision))
     read = heads if copied else groups  # heads of keys and values that the kernel reads
     numbers = (2 * heads + read) * width  # rotated queries and keys, the output
-    if device == "cpu" or width > size:
-        numbers += heads * size  # the output by streams, before o_proj; on GPUs the same memory, if nothing is cut off
     if weighed or copied:
         numbers += read * width  # the values, times p
     wide = int(weighed)  # p of the values
@@ -432,13 +449,27 @@ def _saved_by_gate(config: ThoughtbubblesConfig, before: int, after: int) -> int
     """Bytes that autograd saves in a gate with so many streams before and after it, in float32 all."""
     # Before the norm, after it, of it; three steps of the log sigmoid and the scores.
     scoring = 2 * config.hidden_size + 2 + 4 * 2
-    # Scores may have no effect that a gradient could pass.
-    scored = _learns_scores(config) and (config.attenuation != "none" or config.merge != "root")
+    scored = _teaches_scores(config)
     # A fork's source, and how large it is, before and after a bound.
     sources = config.hidden_size + 2 if config.fork_embedding == "relative" else 0
     roots = before * (config.gate_scores == "forks")
     # An index of 8 bytes for residuals and one for scores, a number for forks, and what is alive.
     return before * scored * scoring * WIDE + roots + after * (8 + scored * 8 + (1 + sources) * WIDE + 1)
+
+
+def _saved_by_content(
+    config: ThoughtbubblesConfig, layer: int, entering: list[int], precision: str, device: str
+) -> int:
+    """Bytes that autograd saves of what attends for the forks of a layer; `entering` as many streams each has."""
+    if not _is_attended(config):
+        return 0
+    hidden, item = config.hidden_size, item_bytes(precision)
+    numbers, wide = _saved_by_heads(_fork_head(config), layer - 1, precision, device)
+    numbers += hidden  # normed
+    # Of the norm, attention's logsumexp, cosines and sines; before the norm, which a gate that learns saves too.
+    wide += 2 + 1 + FORK_CHANNELS + (0 if _teaches_scores(config) else hidden)
+    # What of the product belongs to each stream that leaves the layer.
+    return entering[layer] * (numbers * item + wide * WIDE) + entering[layer + 1] * FORK_CHANNELS * item
 
 
 def _saved_by_head(config: ThoughtbubblesConfig, length: int, width: int, device: str) -> int:
@@ -495,9 +526,32 @@ def _is_shared(config: ThoughtbubblesConfig) -> bool:
     return chosen and bool(config.gated_layers) and _learns_scores(config)
 
 
+def _teaches_scores(config: ThoughtbubblesConfig) -> bool:
+    """Whether scores that are learned have an effect that a gradient could pass."""
+    return _learns_scores(config) and (config.attenuation != "none" or config.merge != "root")
+
+
 def _learns_scores(config: ThoughtbubblesConfig) -> bool:
     """Whether a gradient reaches the log scores."""
     return config.gate_scores != "fixed"
+
+
+def _is_attended(config: ThoughtbubblesConfig) -> bool:
+    """Whether forks attend for what they bring along (method: Gate)."""
+    return config.fork_content == "attended"
+
+
+def _fork_head(config: ThoughtbubblesConfig) -> ThoughtbubblesConfig:
+    """As if the blocks' heads were the one that attends for forks, whose scores are those of the layer before."""
+    alike = copy.copy(config)
+    alike.num_attention_heads = alike.num_key_value_heads = 1
+    alike.head_dim, alike.qk_norm = FORK_CHANNELS, False
+    return alike
+
+
+def _content_matrix(config: ThoughtbubblesConfig) -> int:
+    """Entries of the matrices that attend for the forks of a gate."""
+    return 4 * FORK_CHANNELS * config.hidden_size * _is_attended(config)
 
 
 def _block_matrix(config: ThoughtbubblesConfig) -> int:
