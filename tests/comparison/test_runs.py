@@ -31,6 +31,7 @@ def test_every_shipped_variant_makes_the_model_that_it_names(tmp_path: Path, tin
     assert found["budget-1"] == ("causal", 1.0, "residual", "paper")
     assert found["fixed-gates"] == ("causal", 1.0, "residual", "paper")
     assert runs["causal-relative"].config.fork_embedding == "relative"
+    assert runs["causal-attended"].config.fork_content == "attended"
     assert runs["fixed-gates"].config.gate_scores == "fixed"
     assert found["copy-root"] == ("copy", 2.0, "root", "paper")
     assert found["copy-average"] == ("copy", 2.0, "residual", "paper")

@@ -238,6 +238,24 @@ def test_choices_about_streams_are_the_callers() -> None:
     assert close(mixed(ids, budget=1).logits, theirs(ids).logits.log_softmax(-1))
 
 
+def test_forks_that_attend_are_new(tmp_path: Path) -> None:
+    """Budget 1 stays the dense model, whatever their weights, and the way back drops them."""
+    theirs, ids = dense("neox"), random_ids(2, 16)
+    theirs.save_pretrained(tmp_path / "source")
+    retrofit_folder(tmp_path / "source", tmp_path / "out", fork_content="attended")
+    for ours in (retrofit(theirs, fork_content="attended"), load_model(tmp_path / "out")):
+        content = ours.model.gates["0"].content
+        assert content.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert content.output.weight.std().item() == pytest.approx(0.02 / (2 * 3) ** 0.5, rel=0.1)
+        assert (content.norm.weight == 1).all()
+        content.output.weight.data.normal_()
+        assert close(ours(ids, budget=1).logits, theirs(ids).logits)
+        assert not close(ours(ids, budget=2).logits, theirs(ids).logits, 1e-4)
+        back = to_dense(ours).state_dict()
+        assert back.keys() == theirs.state_dict().keys()
+        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in back.items())
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [

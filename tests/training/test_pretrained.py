@@ -43,8 +43,9 @@ def start(recipe: Recipe, progress: bool = False) -> ThoughtbubblesForCausalLM:
         ({"gate_scores": "fixed"}, set(), {"model.gates.1.norm.", "model.gates.2.projection."}),
         ({"gate_scores": "forks"}, set(), set()),
         ({"gate_start": 0.02}, {"model.gates.1.fork_bias", "model.gates.2.fork_bias"}, set()),
+        ({"fork_content": "attended"}, {"model.gates.1.content.", "model.gates.2.content."}, set()),
     ],
-    ids=["fork_layers", "none", "threshold", "fixed", "forks", "start"],
+    ids=["fork_layers", "none", "threshold", "fixed", "forks", "start", "content"],
 )
 def test_gates_that_the_recipe_changes_begin_anew(
     model: Path,

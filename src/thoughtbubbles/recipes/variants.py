@@ -70,6 +70,7 @@ SHIPPED: dict[str, Variant] = {
     "topk": _routed("topk, budget {budget}", "topk"),
     "causal": _CAUSAL,
     "causal-relative": _routed("causal, relative fork embedding, budget {budget}", "causal", fork_embedding="relative"),
+    "causal-attended": _routed("causal, attended forks, budget {budget}", "causal", fork_content="attended"),
     "causal-elastic": replace(_CAUSAL, title="causal, elastic to budget {budget}", elastic=True),
     "causal-half": replace(_CAUSAL, title="causal, budget {budget}, half the tokens", tokens=0.5, rate_of="causal"),
 }

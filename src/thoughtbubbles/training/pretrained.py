@@ -7,7 +7,7 @@ from thoughtbubbles.model.loading import load_config, load_weights
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.model.weights import excused, list_names
 
-GATE_FIELDS = ("routing", "fork_layers", "gate_scores", "gate_start")
+GATE_FIELDS = ("routing", "fork_layers", "gate_scores", "gate_start", "fork_content")
 """Fields of the configuration that shape the gates."""
 GATES = "model.gates."
 
