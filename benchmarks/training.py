@@ -169,13 +169,14 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
     """The variants by name, dense first."""
     torch.manual_seed(0)
 
-    def config(routing: str, budget: float = 1.0) -> ThoughtbubblesConfig:
+    def config(routing: str, budget: float = 1.0, **others: Any) -> ThoughtbubblesConfig:
         return ThoughtbubblesConfig.preset(
             arguments.preset,
             routing=routing,
             budget=budget,
             vocab_size=arguments.vocab_size,
             max_position_embeddings=arguments.length,
+            **others,
         )
 
     def flops(shape: ThoughtbubblesConfig) -> int:
@@ -197,6 +198,8 @@ def make_steps(arguments: argparse.Namespace) -> dict[str, Step]:
             twin = f"dense, positions of {routing} {budget:g}"
             makers[f"{routing} {budget:g}"] = ours(config(routing, budget), twin)
             makers[twin] = same_positions(config(routing, budget))
+        attended = config("causal", budget, fork_content="attended")
+        makers[f"causal {budget:g}, attended"] = ours(attended, f"dense, positions of causal {budget:g}")
     wanted = {"dense", *(arguments.only or makers)}
     if unknown := wanted - makers.keys():
         raise SystemExit(f"--only {', '.join(unknown)}: expected some of {', '.join(makers)}")
