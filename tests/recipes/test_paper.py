@@ -215,6 +215,26 @@ def test_every_folder_that_is_read_is_prepared_by_a_command_in_a_comment() -> No
     assert read == set(prepared)
 
 
+def test_the_page_has_the_numbers_of_the_recipes() -> None:
+    text = (FOLDER.parents[1] / "docs" / "paper.md").read_text()
+    for name in ("1.9b-fork", "1.9b-dense", "midtraining", "gsm8k"):
+        settings = single(name).training
+        assert f"`{name}.yaml`" in text
+        assert f"{settings.steps:,}" in text
+        assert f"{settings.learning_rate:.1e}".replace("e-0", "e-") in text
+    for name in ("midtraining", "gsm8k"):
+        assert f"| {single(name).training.steps:,} x {single(name).training.batch_size}" in text
+    for name in ("1.9b-fork", "1.9b-dense"):
+        assert f"{tokens(single(name)) / 1e9:.1f} billion" in text
+    for key in ("hidden_act: gelu_pytorch_tanh", "fork_embedding_init: normal"):
+        assert f"`model.{key}`" in text
+    # Every line of a table says where it is known from.
+    tables = text.partition("## Every number")[2].partition("## Ours")[0]
+    lines = [line.split("|")[1:-1] for line in tables.splitlines() if line.startswith("|")]
+    assert len(lines) > 60
+    assert {len(line) for line in lines} == {4}
+
+
 def test_the_shapes_are_the_presets() -> None:
     for size, parameters in SIZES.items():
         assert count_parameters(ThoughtbubblesConfig.preset(size)) == parameters

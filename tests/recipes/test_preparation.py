@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +8,6 @@ from thoughtbubbles.cli import app
 from thoughtbubbles.data import DataError, Manifest, Preparation, load_preparation, prepare
 from thoughtbubbles.data.sources.corpora import resolve_source
 from thoughtbubbles.data.sources.hub import HubSource
-from thoughtbubbles.data.sources.rowtext import render
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "data").glob("*.yaml"))
 LIMITS = {
@@ -22,34 +20,8 @@ LIMITS = {
     "smoltalk": None,
 }
 
-ROWS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "gsm8k-aug": [
-        (
-            {"question": "How many?", "steps": ["<<16-3=13>>", "<<13*2=26>>"], "answer": "26"},
-            "How many?\n16-3=13 13*2=26\nanswer: 26",
-        ),
-    ],
-    "gsm8k-aug-usual": [
-        (
-            {"question": "How many?", "steps": ["<<16-3=13>>", "<<13*2=26>>"], "answer": "26"},
-            "Question: How many?\nAnswer: <<16-3=13>> <<13*2=26>>\n#### 26",
-        ),
-    ],
-    "mmlu": [
-        (
-            {"train": {"question": "Which?", "choices": ["a", "b b", "c", "d"], "answer": 1}},
-            "Which?\nchoices: a, b b, c, d\nanswer: b b",
-        ),
-    ],
-    "smoltalk": [
-        (
-            {"messages": [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "Ho."}]},
-            "user:  Hi\n\n\nassistant: Ho.",
-        ),
-        ({"messages": [{"role": "user", "content": "Hi"}]}, "user: Hi"),
-    ],
-}
-"""Rows of the hub's datasets that the shipped recipes prepare a row each, and the text that is made of them."""
+ROWS = {"gsm8k-aug-usual", "gsm8k-aug", "mmlu", "smoltalk"}
+"""Of which a document has a row of its own."""
 
 
 def write(path: Path, text: str) -> Path:
@@ -73,14 +45,6 @@ def test_shipped_recipes_can_be_used(path: Path) -> None:
     assert options.limit_tokens == LIMITS[path.stem]
     assert options.packing == ("padded" if path.stem in ROWS else "packed")
     assert f"thoughtbubbles prepare runs/{path.stem} --recipe recipes/data/{path.name}" in path.read_text()
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_become_the_texts_that_the_authors_made_of_them(name: str) -> None:
-    (source,) = load_preparation(SHIPPED[0].parent / f"{name}.yaml").sources
-    assert isinstance(source, dict)
-    for row, text in ROWS[name]:
-        assert render(source["template"], row, "row 1") == text
 
 
 def test_there_is_a_recipe_for_each_corpus_of_the_paper() -> None:

@@ -109,18 +109,24 @@ def test_a_text_file_has_no_rows_to_fill_a_template(tmp_path: Path) -> None:
         (
             "gsm8k-aug",
             {"question": "1 + 2 + 3?", "steps": ["<<1+2=3>>", "<<3+3=6>>"], "answer": "6"},
+            "1 + 2 + 3?\n1+2=3 3+3=6\nanswer: 6",
+        ),
+        (
+            "gsm8k-aug-usual",
+            {"question": "1 + 2 + 3?", "steps": ["<<1+2=3>>", "<<3+3=6>>"], "answer": "6"},
             "Question: 1 + 2 + 3?\nAnswer: <<1+2=3>> <<3+3=6>>\n#### 6",
         ),
         (
             "mmlu",
-            {"question": "Which is even?", "subject": "", "choices": ["1", "2", "3", "5"], "answer": 1},
-            "Question: Which is even?\nA. 1\nB. 2\nC. 3\nD. 5\nAnswer: B",
+            {"train": {"question": "Which is even?", "subject": "", "choices": ["1", "2", "3", "5"], "answer": 1}},
+            "Which is even?\nchoices: 1, 2, 3, 5\nanswer: 2",
         ),
         (
             "smoltalk",
-            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "{{ Hello }}"}]},
-            "User: Hi\nAssistant: {{ Hello }}\n",
+            {"messages": [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "{{ Hello }}"}]},
+            "user:  Hi\n\n\nassistant: {{ Hello }}",
         ),
+        ("smoltalk", {"messages": [{"role": "user", "content": "Hi"}]}, "user: Hi"),
     ],
 )
 def test_templates_of_shipped_recipes(name: str, row: dict[str, Any], text: str) -> None:
