@@ -26,11 +26,18 @@ from thoughtbubbles.support.files import replacing
 ROWS, LENGTH, VOCAB = 3, 21, 61
 IGNORED = -100
 REFERENCES_NAME = "references.pt"
+GATES: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "forks": {"gate_scores": "forks"},
+    "fixed": {"gate_scores": "fixed"},
+    "relative": {"fork_embedding": "relative"},
+    "attended": {"fork_content": "attended"},
+}
 FACTORS: dict[str, list[Any]] = {
     "routing": ["causal", "threshold", "topk", "random", "uniform", "none", "copy", "pause"],
     "attenuation": ["paper", "released", "none"],
     "merge": ["residual", "residual-normed", "probability", "root"],
-    "gate": ["learned", "forks", "fixed", "relative"],
+    "gate": list(GATES),
     "budget": ["1", "1.5", "2", "4"],
     "padding": ["none", "left", "right", "holes"],
 }
@@ -68,7 +75,7 @@ def name_of(case: Case) -> str:
 
 def config_of(case: Case) -> ThoughtbubblesConfig:
     """A small model; its heads have 16 channels, of which fused kernels can make use."""
-    relative, budget = case["gate"] == "relative", case["budget"]
+    budget = case["budget"]
     return ThoughtbubblesConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -80,10 +87,9 @@ def config_of(case: Case) -> ThoughtbubblesConfig:
         routing=case["routing"],
         attenuation=case["attenuation"],
         merge=case["merge"],
-        gate_scores="learned" if relative else case["gate"],
-        fork_embedding="relative" if relative else "absolute",
         # Copies are whole.
         budget="3" if budget == "1.5" and case["routing"] in ("copy", "pause") else budget,
+        **GATES[case["gate"]],
     )
 
 
