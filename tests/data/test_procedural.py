@@ -19,6 +19,11 @@ from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 NAMES = list(TASKS)
 
 
+def most(name: str, difficulty: int) -> int:
+    """A difficulty that a task has, at most this one."""
+    return min(difficulty, TASKS[name].max_difficulty)
+
+
 def draw(name: str, difficulty: int, count: int, split: str = "train", seed: int = 0) -> list[ProceduralExample]:
     return list(islice(draw_examples(TASKS[name], split, difficulty, seed), count))
 
@@ -72,6 +77,22 @@ def test_lookup_is_right(difficulty: int) -> None:
         around = "abcdefghabcdefgh"
         asked = around[around.index(question[1]) :][:difficulty]
         assert example.answer == "".join(bits[key] for key in asked)
+
+
+@pytest.mark.parametrize("difficulty", [1, 2])
+def test_places_are_right(difficulty: int) -> None:
+    questions = set()
+    for example in draw("places", difficulty, 300):
+        letters, question = example.prompt.split("?")
+        assert re.fullmatch("[abcd]{8}", letters)
+        assert len(set(question)) == len(question) == difficulty == example.difficulty
+        assert example.answer.lower() == "".join(letters[int(place) - 1] for place in question)
+        assert example.answer.isupper()
+        questions.add(question)
+    assert len(questions) > 7 * difficulty
+    tokenizer = word_tokenizer(TASKS["places"].words)
+    assert len(tokenizer.encode(example.prompt, add_special_tokens=False)) == 9
+    assert len(tokenizer.encode(example.answer, add_special_tokens=False)) == 1
 
 
 def test_a_lookup_is_answered_by_one_token_after_ten() -> None:
@@ -154,24 +175,26 @@ def chain_start(prompt: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_draws_repeat_for_a_seed_and_differ_between_seeds(name: str) -> None:
-    assert draw(name, 3, 50) == draw(name, 3, 50)
-    assert draw(name, 3, 50, seed=1) != draw(name, 3, 50)
-    assert draw(name, 3, 50, split="test") != draw(name, 3, 50)
+    hard = most(name, 3)
+    assert draw(name, hard, 50) == draw(name, hard, 50)
+    assert draw(name, hard, 50, seed=1) != draw(name, hard, 50)
+    assert draw(name, hard, 50, split="test") != draw(name, hard, 50)
 
 
 def test_what_is_drawn_stays_the_same() -> None:
     """Another draw would move the results of everyone who trained on these."""
-    assert [draw(name, 3, 1, seed=5)[0] for name in NAMES] == [
+    assert [draw(name, most(name, 3), 1, seed=5)[0] for name in NAMES] == [
         ProceduralExample("1-(8*(0*0))=", "1", 3),
         ProceduralExample("WhusbandR;RsisterV;UfatherW;?UV", "aunt", 3),
         ProceduralExample("0g0b0c0d1f1h0a1e?3g", "010", 3),
+        ProceduralExample("adbacdab?14", "AA", 2),
         ProceduralExample("e2f0j0b5a4h9g2c4d1i7?3a", "13", 3),
     ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_seed_tests_on_what_another_trains_on(name: str) -> None:
-    for difficulty in (1, 2, 4):
+    for difficulty in {most(name, each) for each in (1, 2, 4)}:
         train = {example.prompt for seed in (0, 1) for example in draw(name, difficulty, 500, "train", seed)}
         test = {example.prompt for seed in (1, 2) for example in draw(name, difficulty, 100, "test", seed)}
         assert not train & test
@@ -208,19 +231,21 @@ def test_the_longest_word_is_one_token_and_others_are_unknown() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_a_task(tmp_path: Path, name: str) -> None:
-    made = make_task(TASKS[name], tmp_path / "out", 40, 4, 30, seed=3, progress=False)
+    hardest = most(name, 4)
+    made = make_task(TASKS[name], tmp_path / "out", 40, hardest, 30, seed=3, progress=False)
     train, test = (read(tmp_path / "out" / f"{split}.jsonl") for split in ("train", "test"))
-    assert [row["difficulty"] for row in train] == [1, 2, 3, 4] * 10
+    assert [row["difficulty"] for row in train] == [*range(1, hardest + 1)] * (40 // hardest)
     assert {tuple(row) for row in train + test} == {("prompt", "answer", "difficulty")}
     assert len({row["prompt"] for row in test}) == len(test) == made.test_rows
-    assert {row["difficulty"] for row in test} == {1, 2, 3, 4}
-    assert [row for row in test if row["difficulty"] == 4] == [vars(each) for each in draw(name, 4, 30, "test", 3)]
+    assert {row["difficulty"] for row in test} == {*range(1, hardest + 1)}
+    hard = [row for row in test if row["difficulty"] == hardest]
+    assert hard == [vars(each) for each in draw(name, hardest, 30, "test", 3)]
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out" / "tokenizer"))
     assert tokenizer.get_vocab() == word_tokenizer(TASKS[name].words).get_vocab()
     assert json.loads((tmp_path / "out" / "task.json").read_text()) == vars(made)
-    make_task(TASKS[name], tmp_path / "again", 40, 4, 30, seed=3, progress=False)
-    make_task(TASKS[name], tmp_path / "other", 40, 4, 30, seed=4, progress=False)
+    make_task(TASKS[name], tmp_path / "again", 40, hardest, 30, seed=3, progress=False)
+    make_task(TASKS[name], tmp_path / "other", 40, hardest, 30, seed=4, progress=False)
     assert (tmp_path / "again" / "train.jsonl").read_bytes() == (tmp_path / "out" / "train.jsonl").read_bytes()
     assert (tmp_path / "other" / "train.jsonl").read_bytes() != (tmp_path / "out" / "train.jsonl").read_bytes()
 

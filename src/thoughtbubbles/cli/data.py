@@ -74,7 +74,7 @@ def _verify(folder: Path, quiet: bool) -> None:
 
 
 def make_task(
-    task: Annotated[str, Argument(help="`arithmetic`, `kinship`, `lookup` or `recall`.")],
+    task: Annotated[str, Argument(help="`arithmetic`, `kinship`, `lookup`, `places` or `recall`.")],
     output: Annotated[Path, Argument(help="New folder to write: train.jsonl, test.jsonl, tokenizer, task.json.")],
     examples: Annotated[int, Option(help="Rows to train on, as many of each difficulty.")] = 100_000,
     max_difficulty: Annotated[
