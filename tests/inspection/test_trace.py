@@ -40,6 +40,7 @@ CASES: list[Case] = [
         "qk_norm": True,
     },
     {"routing": "causal", "budget": 2, "norm": "rmsnorm", "parallel_residual": True, "partial_rotary_factor": 0.5},
+    {"routing": "causal", "budget": 2, "fork_content": "attended"},
 ]
 every_case = pytest.mark.parametrize("rules", CASES, ids=case_id)
 

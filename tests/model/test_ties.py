@@ -88,6 +88,7 @@ def rows_that_leave(model: Model, ways: list[Way], tolerance: float) -> dict[str
         ({"fork_layers": [0, 2]}, [*RECOMPUTING, *CACHING]),
         ({"fork_layers": [0, 1], "gate_scores": "fixed", "fork_embedding": "relative"}, CACHING),
         pytest.param({"fork_layers": [1, 2, 3], "gate_scores": "forks"}, CACHING, marks=pytest.mark.long),
+        ({"fork_layers": [1, 2, 3], "fork_content": "attended"}, [padded, *CACHING]),
         ({"fork_layers": [1, 2], "routing": "threshold"}, [padded, *CACHING]),
         pytest.param({"fork_layers": [0, 2], "routing": "topk"}, RECOMPUTING, marks=pytest.mark.long),
         pytest.param({"fork_layers": [0, 1], "routing": "random"}, [padded, *CACHING], marks=pytest.mark.long),
