@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM, update_thresholds
-from thoughtbubbles.model.cache import CACHE_NAME, StreamCache
+from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.generating import CACHE_NAME
 from thoughtbubbles.support.files import json_text
 from thoughtbubbles.support.machine import describe_machine
 

@@ -301,14 +301,14 @@ def test_copies_are_equal_streams_at_fractional_positions() -> None:
 def test_pauses_follow_their_token() -> None:
     config = tiny_config(routing="pause", budget=3)
     copier, before = copier_of(config), entering(config)
-    after = copier(before, parse_budget(3))
+    after = copier(before, 3)
     assert copier.pause_embeddings is not None
     first, second = copier.pause_embeddings.weight
     for token in (0, 1):
         bubble = after.residual[1, 3 * token : 3 * token + 3]
         assert torch.equal(bubble, torch.stack([before.residual[1, token], first, second]))
     assert not after.residual[1, 6:].any()
-    assert torch.equal(copier(before, parse_budget(2)).residual[1, 3], first)
+    assert torch.equal(copier(before, 2).residual[1, 3], first)
 
 
 def test_pause_vectors_start_like_embeddings() -> None:
@@ -387,7 +387,7 @@ def test_dropout_of_pauses_is_that_of_embeddings() -> None:
     config = tiny_config(routing="pause", budget=3, hidden_dropout=0.5)
     copier = copier_of(config).train()
     torch.manual_seed(0)
-    after = copier(Streams.from_embeddings(torch.ones(1, 400, 16)), parse_budget(3)).residual.view(400, 3, 16)
+    after = copier(Streams.from_embeddings(torch.ones(1, 400, 16)), 3).residual.view(400, 3, 16)
     assert (after[:, 0] == 1).all()
     assert (after[:, 1:] == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert not torch.equal(after[0, 1] == 0, after[1, 1] == 0)

@@ -31,6 +31,7 @@ class EvenRouter(Router):
 
     def whole(self, candidates: Candidates) -> Tensor:
         follows_none = torch.nn.functional.pad(candidates.token, (1, 0), value=-1)[:, :-1] != candidates.token
+        assert isinstance(candidates.budget, Fraction)
         first = follows_none & (candidates.token % 2 == 0) & candidates.optional
         return first & (candidates.budget >= 2) | (candidates.alive & ~candidates.optional)
 

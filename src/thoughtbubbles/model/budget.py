@@ -1,6 +1,8 @@
 """The budget: streams per token that may exist, an exact rational (method: State)."""
 
+import copy
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import overload
@@ -57,6 +59,52 @@ def _shown(budget: object) -> str:
     except ValueError:  # Python writes no whole number of more than some thousand digits
         return "a number of thousands of digits"
     return text if len(text) <= MAX_CHARACTERS // 10 else f"{text[: MAX_CHARACTERS // 10]}..."
+
+
+class RowBudgets:
+    """A budget for each row of a batch (method: Budget at test time).
+
+    Attributes:
+        exact: of each row.
+        numerator, denominator: [B, 1] int64, of the greatest fraction up to it that products with tokens can hold.
+    """
+
+    def __init__(self, budgets: Sequence[Fraction], device: torch.device | str = "cpu") -> None:
+        self.exact = list(budgets)
+        bounds = [_neighbours(budget)[0] for budget in budgets]
+        self.numerator, self.denominator = (
+            torch.tensor([[getattr(bound, part)] for bound in bounds], dtype=torch.int64, device=device)
+            for part in ("numerator", "denominator")
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowBudgets) and self.exact == other.exact
+
+    __hash__ = None  # type: ignore[assignment]  # rows change
+
+    def __str__(self) -> str:
+        return f"[{', '.join(map(budget_text, self.exact))}]"
+
+    def set(self, row: int, budget: Fraction) -> None:
+        """Give a row another budget, in place."""
+        self.exact[row] = budget
+        bound, _ = _neighbours(budget)
+        self.numerator[row], self.denominator[row] = bound.numerator, bound.denominator
+
+    def part(self, row: int) -> "RowBudgets":
+        """A row's alone, in the same memory."""
+        part = copy.copy(self)
+        part.exact = [self.exact[row]]
+        part.numerator, part.denominator = self.numerator[row : row + 1], self.denominator[row : row + 1]
+        return part
+
+    def select(self, rows: Sequence[int]) -> "RowBudgets":
+        """Those of the rows at these places, in their order."""
+        return RowBudgets([self.exact[row] for row in rows], self.numerator.device)
+
+    def extra(self, n: torch.Tensor) -> torch.Tensor:
+        """floor((kappa - 1) n) of n [B, M] in integer arithmetic, as `floor_times`."""
+        return (self.numerator - self.denominator) * n // self.denominator
 
 
 def budget_text(budget: Budget) -> str:

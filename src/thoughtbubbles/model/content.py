@@ -48,7 +48,7 @@ class AttendedContent(nn.Module):
         # Where the log score takes a channel that has turned, it shows where counting begins.
         angles = rotary_angles(streams.positions(origin=int(self.rule == "released")), self.rotary)
         q, k, v = self.qkv(self.norm(streams.residual))[:, None].chunk(3, dim=-1)
-        placement = None if memory is None else memory.place(streams.ordinal, streams.alive.sum(1).tolist())
+        placement = None if memory is None else memory.place(streams.ordinal, streams.alive)
         log_score = streams.log_score if self.is_scored else None
         q, k = rotate(q, *angles), rotate(k, *angles)
         return attenuated_attention(q, k, v, log_score, self.rule, memory, placement)[:, 0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .budget import MAX_TOKENS
+from .budget import MAX_TOKENS, RowBudgets
 from .routing import (
     CAUSAL,
     GRID,
@@ -69,7 +69,9 @@ def _mix(x: Tensor | int) -> Tensor | int:
 
 
 @torch.no_grad()
-def route_uniform(scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction) -> Tensor:
+def route_uniform(
+    scores: Tensor, token: Tensor, optional: Tensor, alive: Tensor, budget: Fraction | RowBudgets
+) -> Tensor:
     """Evenly: token t admits a(t) - a(t - 1) of its optional candidates, those of greatest score (method: Controls).
 
     A router like those of `routing`, where the arguments are explained. Each token is routed by itself.
@@ -114,7 +116,7 @@ class UniformRouter(Router):
 
     def whole(self, candidates: Candidates) -> Tensor:
         """Of each token its share."""
-        return route_uniform(*candidates)
+        return route_uniform(*candidates[:5])
 
     def further(self, candidates: Candidates, memory: Any) -> Tensor:
         """Of each token its share."""
@@ -167,9 +169,8 @@ class StreamCopier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.pause_embeddings = None if vectors is None else nn.Embedding(vectors, hidden_size)
 
-    def forward(self, streams: Streams, budget: Fraction) -> Streams:
-        """Streams [B, N] of one stream a token to [B, kappa N]; the budget is whole."""
-        copies = int(budget)
+    def forward(self, streams: Streams, copies: int) -> Streams:
+        """Streams [B, N] of one stream a token to `copies` of each."""
         token, alive, log_score = (
             values.repeat_interleave(copies, dim=1) for values in (streams.token, streams.alive, streams.log_score)
         )

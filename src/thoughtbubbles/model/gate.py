@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .budget import RowBudgets
 from .cache import AttentionMemory
 from .configuration import ThoughtbubblesConfig
 from .content import AttendedContent
@@ -57,7 +58,7 @@ class ForkGate(nn.Module):
     def forward(
         self,
         streams: Streams,
-        budget: Fraction,
+        budget: Fraction | RowBudgets,
         memory: RouteMemory | None = None,
         step: Tensor | int = 0,
         attended: AttentionMemory | None = None,
@@ -65,19 +66,19 @@ class ForkGate(nn.Module):
         """The streams that enter the fork layer's block, at most N' of them a row (method: State).
 
         With the memory of a cache the causal rule goes on from what it holds, in place of topk too (method: Cache), the
-        new candidates are added to it, and the width is what the fullest row needs. `step` as in `draw_scores`,
-        `attended` the memory of `AttendedContent`.
+        new candidates are added to it, and it says the width. `step` as in `draw_scores`, `attended` the memory of
+        `AttendedContent`.
         """
         scores = self.candidate_scores(streams)
         token = streams.ordinal.repeat_interleave(2, dim=1)
         alive = streams.alive.repeat_interleave(2, dim=1)
         optional = torch.stack([streams.alive, streams.alive & ~streams.is_root], dim=2).flatten(1)
         rivals = self.router.rivals(scores, token, step)
-        survive = self._route(Candidates(rivals, token, optional, alive, budget), memory)
+        survive = self._route(Candidates(rivals, token, optional, alive, budget, streams.num_tokens == 1), memory)
         if memory is None:
             width = self.config.rule.width_after(streams.token.shape[1], streams.num_tokens, budget)
         else:
-            width = max(int(survive.sum(1).max()), 1)
+            width = memory.width(survive)
         origin, alive = pack_left(survive, width)
         return self.select(streams, scores, origin, alive, attended)
 

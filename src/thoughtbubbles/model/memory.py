@@ -84,6 +84,10 @@ class RouteMemory(RowMemory, ABC):
     def __init__(self, *others: RowBuffer) -> None:
         super().__init__(RowBuffer(1), *others)
 
+    def width(self, survive: Tensor) -> int:
+        """How many streams to make room for, of the survivors [B, M] of a pass: those of the fullest row."""
+        return max(int(survive.sum(1).max()), 1)
+
     @staticmethod
     @abstractmethod
     def planned_bytes(optional: int, admitted: int) -> int:

@@ -19,19 +19,12 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .attention import ResidualProjection, StreamAttention, rotary_angles
-from .budget import Budget
-from .cache import (
-    AttentionMemory,
-    Placement,
-    StreamCache,
-    StreamGenerationMixin,
-    check_position_ids,
-    one_cache,
-    refuse_unknown,
-)
+from .budget import Budget, RowBudgets
+from .cache import AttentionMemory, Placement, StreamCache
 from .configuration import ThoughtbubblesConfig
 from .controls import StreamCopier
 from .gate import ForkGate
+from .generating import StreamGenerationMixin, check_position_ids, one_cache, refuse_unknown
 from .loss import (
     IGNORE_INDEX,
     assert_in_vocabulary,
@@ -45,6 +38,7 @@ from .mixture import Mixture
 from .norms import block_norm
 from .rotary import Rotary
 from .sharing import SharedModel, register_models
+from .static import StaticStreamCache
 from .streams import ColumnMap, Streams
 from .threshold import ScoreHistogram
 from .weights import CheckedModel
@@ -203,7 +197,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cache: StreamCache | None = None,
         use_cache: bool | None = None,
-        budget: Budget | None = None,
+        budget: Budget | list[Budget] | None = None,
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
         past_key_values: StreamCache | None = None,
@@ -218,7 +212,8 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             cache: to go on from and to add to (method: Cache); an empty one to begin with.
             use_cache: whether to make and return a cache where none is given; None is what the configuration says in
                 its `use_cache`, and no where it says nothing.
-            budget: streams per token, in place of the configured budget (method: Budget at test time).
+            budget: streams per token, in place of the configured budget, or one for each row (method: Budget at test
+                time).
             output_hidden_states: also return the roots at every layer.
             output_streams: also return the streams at every layer.
             past_key_values: another name of `cache`, that of transformers before 5.24.
@@ -232,9 +227,9 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         position_ids = kwargs.pop("position_ids", None)
         refuse_unknown({"output_attentions": self.config.output_attentions, **kwargs})
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        kappa = self.config.exact_budget(budget)
         cache = self._cache_of(cache, past_key_values, use_cache)
         given = self._check_inputs(input_ids, attention_mask, inputs_embeds, cache)
+        kappa = self._exact_budget(budget, given)
         columns = None if attention_mask is None else ColumnMap.from_mask(attention_mask[:, -given.shape[1] :])
         offset = self._open_cache(cache, kappa, given, columns)
         if offset is None:
@@ -243,7 +238,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         for streams in self._layers(self._embed(given, columns, offset), kappa, cache):
             if want_hidden or output_streams:
                 trail.append(streams)
-        weighted, copies = self._merge_is_weighted(kappa), 1 if self.copier is None else int(kappa)
+        weighted, copies = self._merge_is_weighted(kappa), self._copies(kappa)
         return ThoughtbubblesModelOutput(
             last_hidden_state=_to_columns(self._merge(streams, weighted, copies), columns),
             hidden_states=tuple(_to_columns(s.roots(), columns) for s in trail) if want_hidden else None,
@@ -254,7 +249,45 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             cache=cache,
         )
 
-    def _layers(self, streams: Streams, kappa: Fraction, cache: StreamCache | None) -> Iterator[Streams]:
+    def advance(self, input_ids: Tensor, alive: Tensor, cache: StaticStreamCache) -> ThoughtbubblesModelOutput:
+        """A step over a static cache, which is ready for it: nothing is checked, and no value is read back.
+
+        Args:
+            input_ids: [B, 1], a token more of every row.
+            alive: [B, 1] bool, in which rows it is one.
+        """
+        kappa = cache.budget
+        assert kappa is not None
+        given = Streams.from_embeddings(self.embed_tokens(input_ids), alive, cache.advance(alive))
+        *_, streams = self._layers(given, kappa, cache)
+        weighted = self._merge_is_weighted(kappa)
+        return ThoughtbubblesModelOutput(
+            last_hidden_state=self._merge(streams, weighted, self._copies(kappa)),
+            final_streams=streams,
+            merge_is_weighted=weighted,
+        )
+
+    def _exact_budget(self, budget: Budget | list[Budget] | None, given: Tensor) -> Fraction | RowBudgets:
+        """The budget of a pass over `given` [B, ...], or those of its rows.
+
+        Raises:
+            ValueError: for what is none; for several where rows cannot have their own.
+        """
+        if not isinstance(budget, list):
+            return self.config.exact_budget(budget)
+        if len(budget) != len(given):
+            raise ValueError(f"budget={budget}: expected one, or one for each of {len(given)} rows")
+        if self.config.rule.router is None or self.config.leaks or self.config.attenuation == "released":
+            raise ValueError(
+                f"budget={budget}: expected one for all rows with routing {self.config.routing} and attenuation "
+                f"{self.config.attenuation}"
+            )
+        return RowBudgets([self.config.exact_budget(each) for each in budget], given.device)
+
+    def _copies(self, kappa: Fraction | RowBudgets) -> int:
+        return 1 if self.copier is None or isinstance(kappa, RowBudgets) else int(kappa)
+
+    def _layers(self, streams: Streams, kappa: Fraction | RowBudgets, cache: StreamCache | None) -> Iterator[Streams]:
         """The streams entering each block, after its gate, as often as it is applied, and those leaving the last."""
         config, step = self.config, self.routing_step * self.training
         # Assisted decoding by an early exit lowers the number of layers for a while.
@@ -266,7 +299,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
                 forks, attended = (None, None) if cache is None else (cache.forks[index], cache.attended.get(index))
                 streams = self.gates[str(index)](streams, kappa, forks, step, attended)
             elif self.copier is not None and index in config.copied_layers:
-                streams = self.copier(streams, kappa)
+                streams = self.copier(streams, self._copies(kappa))
             if index == 0 or index in config.gated_layers + config.copied_layers:
                 # The channel's pair has turned before: there it shows where counting begins, and the release's at 1.
                 cos, sin = rotary_angles(streams.positions(origin=int(self._gives_up_a_channel)), self.rotary)
@@ -292,7 +325,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
         return StreamCache() if given is None and use_cache else given
 
     def _open_cache(
-        self, cache: StreamCache | None, kappa: Fraction, given: Tensor, columns: ColumnMap | None
+        self, cache: StreamCache | None, kappa: Fraction | RowBudgets, given: Tensor, columns: ColumnMap | None
     ) -> Tensor | None:
         """Note the columns of a pass in the cache; the tokens of each row that it held before, [B, 1]."""
         if cache is None:
@@ -351,7 +384,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             weight = alive if weight is None else weight * alive
         return streams.log_score if scored or self._gives_up_a_channel else None, weight
 
-    def _merge_is_weighted(self, kappa: Fraction) -> bool:
+    def _merge_is_weighted(self, kappa: Fraction | RowBudgets) -> bool:
         """Whether the merge weighs streams by p.
 
         The release does not where the width stays that of the input: under its own rule, at budget 1.
@@ -392,7 +425,7 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         labels: Tensor | None = None,
         cache: StreamCache | None = None,
         use_cache: bool | None = None,
-        budget: Budget | None = None,
+        budget: Budget | list[Budget] | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_streams: bool = False,
@@ -442,6 +475,11 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             loss = self._chunked_loss(out, targets, num_items_in_batch)
         kept = logits if return_logits else None
         return ThoughtbubblesCausalLMOutput(loss, kept, out.cache, out.hidden_states, out.streams)
+
+    @torch.no_grad()
+    def advance(self, input_ids: Tensor, alive: Tensor, cache: StaticStreamCache) -> Tensor:
+        """Logits [B, V] of a step over a static cache, as `ThoughtbubblesModel.advance`."""
+        return self._logits(self.model.advance(input_ids, alive, cache), 1)[:, 0]
 
     @torch.no_grad()
     def token_losses(

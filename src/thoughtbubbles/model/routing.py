@@ -7,7 +7,7 @@ candidates' scores, never of residuals. All such functions take
     token     [B, M] int64, ordinal of each candidate's token, non-decreasing; anything where not alive
     optional  [B, M] bool, every alive candidate that is not the keep of a root
     alive     [B, M] bool
-    budget    the exact rational kappa
+    budget    the exact rational kappa; causal rules take one for each row too
 
 The causal rule can also go on from a past (method: Cache).
 
@@ -23,11 +23,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .budget import MAX_TOKENS, ceil_times, floor_times
+from .budget import MAX_TOKENS, RowBudgets, ceil_times, floor_times
 from .memory import ForkMemory, RouteMemory
 
 GRID = 2.0**-16
 """Nats between two scores that a router tells apart."""
+
+FEW = 32
+"""Scores that are compared with the past one by one: a step's, where sorting the past would be the greater work."""
 
 LEAK = "topk routing sees later tokens"
 """What is said of a rule that leaks, after the word."""
@@ -46,13 +49,18 @@ class RoutingOptions(Protocol):
 
 
 class Candidates(NamedTuple):
-    """What a router decides on, explained above."""
+    """What a router decides on, explained above.
+
+    Attributes:
+        single: whether a row's are all of one token, as in a decoding step.
+    """
 
     scores: Tensor
     token: Tensor
     optional: Tensor
     alive: Tensor
-    budget: Fraction
+    budget: Fraction | RowBudgets
+    single: bool = False
 
 
 class Router:
@@ -70,11 +78,12 @@ class Router:
 
     def whole(self, candidates: Candidates) -> Tensor:
         """[B, M] the survivors of whole rows."""
-        return route_causal(*candidates)
+        return route_causal(*candidates[:5])
 
     def further(self, candidates: Candidates, memory: Any) -> Tensor:
         """[B, M] the survivors among those that follow what the memory of a cache holds, which takes them in."""
-        survive = route_causal(*candidates, memory.past_scores, memory.past_admitted)
+        past = memory.past_scores, memory.past_admitted
+        survive = route_step(candidates, *past) if candidates.single else route_causal(*candidates[:5], *past)
         memory.append(candidates.scores, candidates.token, survive, candidates.optional)
         return survive
 
@@ -87,7 +96,8 @@ class WholeRowRouter(Router):
 
     def whole(self, candidates: Candidates) -> Tensor:
         """The best of the row."""
-        return route_topk(*candidates)
+        assert isinstance(candidates.budget, Fraction)
+        return route_topk(*candidates[:4], candidates.budget)
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,10 @@ class Rule:
         """Whether every token is one stream."""
         return self.router is None and self.copied_at is None
 
-    def width_after(self, width: int, num_tokens: int, budget: Fraction) -> int:
+    def width_after(self, width: int, num_tokens: int, budget: Fraction | RowBudgets) -> int:
         """N' = min(2N, floor or ceil of kappa T): static for a shape, whatever the content (method: State)."""
-        return min(2 * width, self.rounded(budget, num_tokens))
+        most = max(budget.exact) if isinstance(budget, RowBudgets) else budget
+        return min(2 * width, self.rounded(most, num_tokens))
 
 
 def on_grid(scores: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def route_causal(
     token: Tensor,
     optional: Tensor,
     alive: Tensor,
-    budget: Fraction,
+    budget: Fraction | RowBudgets,
     past_scores: Tensor | None = None,
     past_admitted: Tensor | None = None,
 ) -> Tensor:
@@ -166,6 +177,25 @@ def route_causal(
     credit_used = 0 if past_admitted is None else past_admitted[:, None]
     admitted = admit_within_credit(eligible, allowance, credit_used)
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
+
+
+@torch.no_grad()
+def route_step(
+    candidates: Candidates,
+    past_scores: Tensor | None = None,
+    past_admitted: Tensor | None = None,
+    threshold: Tensor | float = -torch.inf,
+) -> Tensor:
+    """`route_causal` of the candidates of one token, in few operations, and those alone that reach a threshold.
+
+    Of these the eligible ones are the first of their ranking, so that the credit, too, goes to the first.
+    """
+    scores, token, optional, alive, budget, _ = candidates
+    rank, allowance = rank_few(scores, optional), allowances(budget, token)
+    outranked_by = rank if past_scores is None else rank + _count_at_least(past_scores, scores)
+    credit = allowance if past_admitted is None else allowance - past_admitted[:, None]
+    admitted = (outranked_by < allowance) & (rank < credit) & (on_grid(scores) >= threshold)
+    return torch.where(optional, admitted, alive)
 
 
 @torch.no_grad()
@@ -203,14 +233,22 @@ def rank_optional(scores: Tensor, optional: Tensor) -> Tensor:
     )
 
 
+def rank_few(scores: Tensor, optional: Tensor) -> Tensor:
+    """The ranks of `rank_optional`, of optional ones [B, M] alone, by comparing each with each."""
+    values = on_grid(scores).masked_fill(~optional, -torch.inf)
+    place = torch.arange(scores.shape[1], device=scores.device)
+    mine, others = values[..., None], values[:, None]
+    return ((others > mine) | ((others == mine) & (place < place[:, None]))).sum(2)
+
+
 def visiting_order(rank: Tensor, token: Tensor, alive: Tensor) -> Tensor:
     """[B, M] the candidates by token, and by their places [B, M] in a ranking within one; the dead come last."""
     return torch.argsort(torch.where(alive, token, MAX_TOKENS) * token.shape[1] + rank, dim=1)
 
 
-def allowances(budget: Fraction, token: Tensor) -> Tensor:
+def allowances(budget: Fraction | RowBudgets, token: Tensor) -> Tensor:
     """a(t) for ordinals [B, M] (method: Routing): how many optional candidates tokens 0..t may have admitted."""
-    return floor_times(budget - 1, token + 1)
+    return budget.extra(token + 1) if isinstance(budget, RowBudgets) else floor_times(budget - 1, token + 1)
 
 
 def admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor | int) -> Tensor:
@@ -223,6 +261,8 @@ def admit_within_credit(eligible: Tensor, allowance: Tensor, credit_used: Tensor
 
 def _count_at_least(past: Tensor, scores: Tensor) -> Tensor:
     """For each score [B, M] the number of past ones [B, P] that come before it: the past stands to the left."""
+    if scores.shape[1] <= FEW:
+        return (on_grid(past)[:, None] >= on_grid(scores)[..., None]).sum(2)
     return past.shape[1] - torch.searchsorted(on_grid(past).sort(dim=1).values, on_grid(scores).contiguous())
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .budget import RowBudgets
 from .memory import CreditMemory
 from .routing import (
     Candidates,
@@ -19,6 +20,7 @@ from .routing import (
     allowances,
     on_grid,
     rank_optional,
+    route_step,
     visiting_order,
 )
 
@@ -33,7 +35,7 @@ def route_threshold(
     token: Tensor,
     optional: Tensor,
     alive: Tensor,
-    budget: Fraction,
+    budget: Fraction | RowBudgets,
     threshold: Tensor | float,
     past_admitted: Tensor | None = None,
 ) -> Tensor:
@@ -42,7 +44,7 @@ def route_threshold(
     Neither ranks nor scores of the past take part: a cache has to remember the credit alone.
 
     Args:
-        threshold: scalar, the least score that is eligible; -inf where all are.
+        threshold: scalar or [B, 1], the least score that is eligible; -inf where all are.
         past_admitted: [B] optional candidates admitted among the tokens before these.
     """
     visit = visiting_order(rank_optional(scores, optional), token, alive)
@@ -52,13 +54,17 @@ def route_threshold(
     return torch.zeros_like(optional).scatter(1, visit, admitted) | (alive & ~optional)
 
 
-def share_admitted(budget: Fraction, fork: int) -> float:
-    """The share of its optional candidates that a fork layer can admit; `fork` counts the fork layers before it.
+def share_admitted(budget: Fraction | RowBudgets, fork: int) -> float | Tensor:
+    """The share of its optional candidates that a fork layer can admit; [B, 1] of budgets of rows.
+
+    `fork` counts the fork layers before it.
 
     A token brings min(2^fork, kappa) streams where every allowance is spent, two candidates each, all optional but
     the keep of its root, and may add kappa - 1.
     """
     n, d = budget.numerator, budget.denominator
+    if isinstance(n, Tensor):
+        return ((n - d).double() / (2 * torch.minimum(2**fork * d, n) - d)).clamp(max=1)
     share: float = (n - d) / (2 * min(2**fork * d, n) - d)
     return min(share, 1.0)
 
@@ -116,10 +122,14 @@ class ScoreHistogram(nn.Module):
         self.reached.lerp_(reached, observed / self.updates.clamp(1, HORIZON).to(reached.dtype))
         self.observed = torch.zeros_like(counts)
 
-    def threshold(self, budget: Fraction, fork: int) -> Tensor:
-        """Scalar: the lower end of the bin by which the share that can be admitted is reached (`share_admitted`)."""
+    def threshold(self, budget: Fraction | RowBudgets, fork: int) -> Tensor:
+        """The lower end of the bin by which the share that can be admitted is reached (`share_admitted`).
+
+        [1], or [B, 1] of budgets of rows.
+        """
         share = share_admitted(budget, fork)
-        bins = 1 + (self.reached < share).sum()
+        reached_before = self.reached < (share.to(self.reached.dtype) if isinstance(share, Tensor) else share)
+        bins = 1 + reached_before.sum(-1, keepdim=True)
         everything = (self.updates == 0) | (share == 1)
         return torch.where(everything, -torch.inf, bins / -BINS_PER_NAT)
 
@@ -135,12 +145,15 @@ class ThresholdRouter(Router):
 
     def whole(self, candidates: Candidates) -> Tensor:
         """Whoever reaches it."""
-        return route_threshold(*candidates, self.histogram.threshold(candidates.budget, self.fork))
+        return route_threshold(*candidates[:5], self.histogram.threshold(candidates.budget, self.fork))
 
     def further(self, candidates: Candidates, memory: CreditMemory) -> Tensor:
         """Whoever reaches it, as far as the credit goes."""
         threshold = self.histogram.threshold(candidates.budget, self.fork)
-        survive = route_threshold(*candidates, threshold, memory.past_admitted)
+        if candidates.single:
+            survive = route_step(candidates, None, memory.past_admitted, threshold)
+        else:
+            survive = route_threshold(*candidates[:5], threshold, memory.past_admitted)
         memory.append(candidates.token, survive & candidates.optional)
         return survive
 
