@@ -470,8 +470,8 @@ class TestBadInput:
             make()(torch.ones(3, 1, dtype=torch.int64), cache=self.cache(), past_key_values=self.cache())
 
     def test_another_implementation(self) -> None:
-        with pytest.raises(ValueError, match="cache_implementation='static': expected None or 'dynamic'"):
-            make().generate(torch.ones(1, 3, dtype=torch.int64), cache_implementation="static", max_new_tokens=2)
+        with pytest.raises(ValueError, match="cache_implementation='quantized': expected None, 'dynamic' or 'static'"):
+            make().generate(torch.ones(1, 3, dtype=torch.int64), cache_implementation="quantized", max_new_tokens=2)
 
     def test_mask_without_the_past(self) -> None:
         ones = torch.ones(3, 1, dtype=torch.int64)

@@ -107,10 +107,8 @@ class Rows:
     def fill(self, row: int, budget: Fraction, lengths: list[int]) -> None:
         """Check what is there, and begin another text, so many tokens at a time."""
         self.check(row)
-        self.cache.clear(row)
+        self.cache.clear(row, budget)
         self.texts[row], self.found[row] = [], []
-        assert isinstance(self.cache.budget, RowBudgets)
-        self.cache.budget.set(row, budget)
         for length in lengths:
             ids = self.ids(length)
             with self.cache.row(row) as part:
@@ -254,6 +252,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     for others in ({"routing": "topk"}, {"routing": "none"}, {"attenuation": "released"}):
         with pytest.raises(ValueError, match=r"budget=\[1, 2\]: expected one for all rows with routing"):
             make(**others)(ids, budget=[1, 2])
+    with pytest.raises(ValueError, match=r"budget=3: expected at most 2"):
+        cache.clear(0, budget=3)
     cache.reset()
     assert not cache.is_initialized
     for _ in range(12):

@@ -22,6 +22,8 @@ from .configuration import ThoughtbubblesConfig
 from .memory import CreditMemory, ForkMemory, RouteMemory
 from .routing import on_grid
 
+__all__ = ["StaticStreamCache"]
+
 SHORTEST = 64
 """Tokens of the shortest context that a step has a graph of its own for; longer ones double."""
 
@@ -287,11 +289,14 @@ class StaticStreamCache(StreamCache):
             ValueError: as there; for a greater budget than there is room for.
         """
         given = budget.exact if isinstance(budget, RowBudgets) else [budget]
-        if max(given) > self.most:
-            raise ValueError(f"budget={max(given)}: expected at most {self.most}, for which the cache has room")
+        self._check_room(max(given))
         if batch != self.rows:
             raise ValueError(f"batch of {batch} rows: expected {self.rows}, those of the cache")
         super().begin(config, budget, batch)
+
+    def _check_room(self, budget: Fraction) -> None:
+        if budget > self.most:
+            raise ValueError(f"budget={budget}: expected at most {self.most}, for which the cache has room")
 
     @property
     def tokens(self) -> Tensor | None:
@@ -364,9 +369,18 @@ class StaticStreamCache(StreamCache):
         if tokens_to_remove:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: a static cache cannot be cropped; expected another")
 
-    def clear(self, row: int) -> None:
-        """Forget a row."""
+    def clear(self, row: int, budget: Budget | None = None) -> None:
+        """Forget a row, and give it another budget where one is named; the model's rule must let rows have their own.
+
+        Raises:
+            ValueError: for a greater budget than there is room for.
+        """
         at = slice(row, row + 1)
+        if budget is not None:
+            self._check_room(exact := parse_budget(budget))
+            if not isinstance(self.budget, RowBudgets):
+                self.budget = RowBudgets([self.budget or exact] * self.rows, self.device)
+            self.budget.set(row, exact)
         self.frame.tokens[row] = 0
         self.seen[at] = 0
         for lengths in self._lengths():
