@@ -35,6 +35,18 @@ def test_greedy_text_is_the_argmax_of_each_prefix(model, tokenizer) -> None:
     assert made.continuation == tokenizer.decode(ids[made.prompt_tokens :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_text_ends_where_the_models_own_settings_say(
+    model, tokenizer, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    whole = generate_text(model, tokenizer, "the", 6, GREEDY)
+    written = whole.ids[whole.prompt_tokens :]
+    end = written[2]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [0, end] if several else end)
+    made = generate_text(model, tokenizer, "the", 6, GREEDY)
+    assert made.ids[made.prompt_tokens :] == written[: written.index(end) + 1] != written
+
+
 def test_sampling_repeats_for_a_seed_and_stops_at_the_longest_row(model, tokenizer) -> None:
     made = [generate_text(model, tokenizer, "the", 1000, Sampling(1.0), seed=seed) for seed in (3, 3, 4)]
     assert made[0] == made[1] != made[2]

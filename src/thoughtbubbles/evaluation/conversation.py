@@ -9,7 +9,7 @@ from thoughtbubbles.data.feed.chat import ChatMessage, ChatTemplate
 from thoughtbubbles.evaluation.generation import Decoding, Generation, TextPrinter
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.support.errors import InputError
-from thoughtbubbles.support.text import decode_after, document_ends
+from thoughtbubbles.support.text import decode_after, text_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,8 +67,7 @@ class Chat:
         self._model, self._tokenizer, self._decoding, self._warn = model, tokenizer, decoding, warn
         self._template = ChatTemplate(tokenizer)
         self._system: list[ChatMessage] = [] if system is None else [{"role": "system", "content": system}]
-        own = model.generation_config.eos_token_id
-        ends = [*document_ends(tokenizer), *(own if isinstance(own, list) else [own]), self._template.end]
+        ends = [*text_ends(tokenizer, model.generation_config), self._template.end]
         self._ends = list(dict.fromkeys(end for end in ends if end is not None))
         self.reset()
 

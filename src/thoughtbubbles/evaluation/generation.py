@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
-from thoughtbubbles.support.text import decode_after, document_ends, encode_text, start_document
+from thoughtbubbles.support.text import decode_after, encode_text, start_document, text_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,5 +196,6 @@ def generate_text(
     if len(ids) >= longest:
         raise ValueError(f"prompt of {len(ids)} tokens: expected at most {longest - 1}, separator included")
     settings = Decoding(max_new_tokens, sampling or Sampling(), budget, seed)
-    produced = settings.go_on(model, ids, document_ends(tokenizer), tokenizer.eos_token_id, streamer)
+    ends = text_ends(tokenizer, model.generation_config)
+    produced = settings.go_on(model, ids, ends, tokenizer.eos_token_id, streamer)
     return Generation(prompt, decode_after(tokenizer, produced, len(ids)), produced, len(ids))

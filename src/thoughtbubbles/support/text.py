@@ -71,6 +71,18 @@ def document_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(dict.fromkeys(map(int, found)))
 
 
+def text_ends(tokenizer: "PreTrainedTokenizerBase", settings: Any) -> list[int]:
+    """The tokens that end what a model writes: those that end a document, and those that its own settings name.
+
+    Args:
+        tokenizer: of the model.
+        settings: the model's `generation_config`, or None.
+    """
+    own = getattr(settings, "eos_token_id", None)
+    named = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys([*document_ends(tokenizer), *(int(end) for end in named if end is not None)]))
+
+
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text as training data has them: nothing is added, the words of a special token are ordinary."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
