@@ -42,6 +42,7 @@ EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 TASK_GUIDE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -190,7 +191,7 @@ def commands(*pages: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "command",
-    commands(README, GUIDE, TRAINING, CLUSTER, COMPARISON, EVALUATION, INSPECTION, TASK_GUIDE),
+    commands(README, GUIDE, TRAINING, CLUSTER, COMPARISON, EVALUATION, INSPECTION, TASK_GUIDE, SERVING),
     ids=lambda command: command[0],
 )
 def test_commands_are_understood(command: list[str]) -> None:
@@ -351,7 +352,7 @@ def test_the_blocks_of_the_readme_run_in_order(tmp_path: Path) -> None:
         lines = [line for line in block.splitlines() if line != "make test    # the tests"]
         if lines[0] == "# with a network":
             continue
-        page = lines[0].startswith("thoughtbubbles demo")
+        page = lines[0].startswith(("thoughtbubbles demo", "thoughtbubbles serve"))
         shell = ["timeout", "60"] if page else []
         done = subprocess.run(
             [*shell, "bash", "-euo", "pipefail", "-c", "\n".join(lines)],

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 WORDS = ("the", "river", "of", "stone", "house", "under", "green", "cloud", "walk", "sing", "deep", "small", "bread")
 CORPUS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(60)) + "\n" for i in range(40)]
@@ -38,6 +38,56 @@ def sentencepiece(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     backend.train_from_iterator([*CORPUS, "0123456789 : ?"], trainer)
     return write(folder, backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+
+
+def byte_fallback(folder: Path, strips: bool = True) -> Path:
+    """Write a BPE that spells what it has no word for in tokens of one byte, as Llama 2 does or, unless it `strips` the
+    space at the head of a text, Gemma."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if strips else []), normalizers.Replace(" ", "▁")]
+    )
+    stripping = [decoders.Strip(" ", 1, 0)] if strips else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripping]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=["▁", *"abcdefghijklmnopqrstuvwxyz"],
+        show_progress=False,
+    )
+    # The bytes are words of the vocabulary like others, and no special ones.
+    backend.train_from_iterator(CORPUS, trainer)
+    content = json.loads(backend.to_str())
+    vocab = content["model"]["vocab"]
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    return write(
+        folder,
+        Tokenizer.from_str(json.dumps(content)),
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    )
+
+
+def word_pieces(folder: Path) -> Path:
+    """Write a tokenizer whose words are put together with spaces, but for pieces that begin with ##."""
+    vocab = ["[UNK]", "[CLS]", "[SEP]", *WORDS, *(f"##{word}" for word in WORDS), ".", ",", "'"]
+    backend = Tokenizer(models.WordPiece({word: place for place, word in enumerate(vocab)}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+    return write(folder, backend, {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]"})
+
+
+def word_ends(folder: Path) -> Path:
+    """Write a BPE whose words end in </w>, which reads as a space unless the text ends there."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return write(folder, backend, {"eos_token": "</s>", "unk_token": "<unk>"})
 
 
 def write(folder: Path, backend: Tokenizer, config: dict[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from thoughtbubbles.support.errors import InputError
 COMMAND = (sys.executable, "-c", "from thoughtbubbles_command import main; main()")
 COMMANDS = (
     *("prepare", "train", "compare", "perplexity", "generate", "evaluate", "inspect", "plan", "demo"),
-    *("make-task", "exact-match"),
+    *("make-task", "exact-match", "serve"),
 )
 
 

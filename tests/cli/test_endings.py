@@ -132,8 +132,8 @@ def test_brackets_survive_in_the_help(command: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "1000")
     text = run(command, "--help")
     assert "\\[" not in text
-    if command == "demo":
-        assert "pip install 'thoughtbubbles[demo]'" in text
+    if command in ("demo", "serve"):
+        assert f"pip install 'thoughtbubbles[{command}]'" in text
 
 
 def test_brackets_survive_in_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from thoughtbubbles.cli.data import make_task, prepare
 from thoughtbubbles.cli.evaluation import evaluate, exact_match, perplexity
 from thoughtbubbles.cli.generation import demo, generate, inspect
 from thoughtbubbles.cli.retrofitting import retrofit
+from thoughtbubbles.cli.serving import serve
 from thoughtbubbles.cli.training import compare, plan, train
 from thoughtbubbles.support import VERSION
 from thoughtbubbles.support.errors import InputError, RunError, ending
@@ -23,7 +24,7 @@ from thoughtbubbles.support.files import user_path
 UsageError: Any = typer.BadParameter.__base__
 COMMANDS = (
     *(prepare, make_task, train, compare, perplexity, generate, evaluate, exact_match, inspect, demo, plan),
-    retrofit,
+    *(retrofit, serve),
 )
 
 
