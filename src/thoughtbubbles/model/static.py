@@ -87,7 +87,7 @@ class StaticPlacement(Placement):
     width: int
 
 
-class Lengths:
+class StreamLengths:
     """Streams of each row [B] between two fork layers, of at most `capacity`; one more slot takes what is dead."""
 
     def __init__(self, frame: Frame, forks: int, length: Tensor) -> None:
@@ -111,7 +111,7 @@ class Lengths:
 class StaticAttentionMemory:
     """Keys and values [B, S, G, K] of one attention layer, made when the first come; layers may share their lengths."""
 
-    def __init__(self, lengths: Lengths) -> None:
+    def __init__(self, lengths: StreamLengths) -> None:
         self.lengths = lengths
         self.data: list[Tensor] = []
 
@@ -130,7 +130,7 @@ class StaticAttentionMemory:
         found = [data[:, : placement.width].transpose(1, 2) for data in self.data]
         return found[0], found[1]
 
-    def part(self, lengths: Lengths, rows: slice) -> "StaticAttentionMemory":
+    def part(self, lengths: StreamLengths, rows: slice) -> "StaticAttentionMemory":
         """Some rows, in the same memory, with their lengths."""
         part = StaticAttentionMemory(lengths)
         part.data = [data[rows] for data in self.data]
@@ -275,12 +275,12 @@ class StaticStreamCache(StreamCache):
             # Copies come all at once.
             forks = sum(fork <= layer for fork in gated) + 10 * any(copied <= layer for copied in config.copied_layers)
             if layer in (0, *gated, *config.copied_layers):
-                lengths = Lengths(frame, forks, torch.zeros_like(self.seen))
+                lengths = StreamLengths(frame, forks, torch.zeros_like(self.seen))
             self.attention.append(StaticAttentionMemory(lengths))
         for forks, layer in enumerate(gated):
             self.forks[layer] = STATIC[rule.memory](frame, forks, self.rows, self.device)
             if config.fork_content == "attended":
-                self.attended[layer] = StaticAttentionMemory(Lengths(frame, forks, torch.zeros_like(self.seen)))
+                self.attended[layer] = StaticAttentionMemory(StreamLengths(frame, forks, torch.zeros_like(self.seen)))
 
     def begin(self, config: ThoughtbubblesConfig, budget: Fraction | RowBudgets, batch: int) -> None:
         """As that of a growing cache.
@@ -339,7 +339,7 @@ class StaticStreamCache(StreamCache):
         part.rows, part.seen = 1, self.seen[at]
         part.frame = Frame(1, self.longest, self.most)
         part.frame.tokens = [self.frame.tokens[row]]
-        lengths = {each: Lengths(part.frame, each.forks, each.length[at]) for each in self._lengths()}
+        lengths = {each: StreamLengths(part.frame, each.forks, each.length[at]) for each in self._lengths()}
         part.attention = [memory.part(lengths[memory.lengths], at) for memory in self.attention]
         part.attended = {layer: memory.part(lengths[memory.lengths], at) for layer, memory in self.attended.items()}
         part.forks = {layer: memory.part(part.frame, at) for layer, memory in self.forks.items()}
@@ -411,7 +411,7 @@ class StaticStreamCache(StreamCache):
         """
         self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
-    def _lengths(self) -> list[Lengths]:
+    def _lengths(self) -> list[StreamLengths]:
         """Those that memories share, once each."""
         return list(dict.fromkeys(memory.lengths for memory in (*self.attention, *self.attended.values())))
 
