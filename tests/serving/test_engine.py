@@ -302,7 +302,7 @@ def test_nothing_is_left_of_answers(start: Start) -> None:
         listener.end()
     until(lambda: engine.running == 0)
     rows = engine._model
-    assert isinstance(rows, GrowingRows)
-    assert rows._caches == [None, None]
+    assert isinstance(rows, StaticRows)
+    assert rows._cache.frame.tokens == [0, 0]
     assert (engine.totals.prompt_tokens, engine.totals.tokens, engine.totals.finished) == (30, 18, 6)
     assert engine.totals.streams == 6 * 7
