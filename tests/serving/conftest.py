@@ -20,7 +20,7 @@ from thoughtbubbles.data.tokenizer import load_data_tokenizer
 from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.engine import Engine
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Saying, Ticket, Written
-from thoughtbubbles.serving.rows import GrowingRows
+from thoughtbubbles.serving.rows import StaticRows
 
 TEMPLATE = Path(__file__).parents[2] / "recipes" / "chat.jinja"
 LONGEST = 96
@@ -177,7 +177,7 @@ def start(model: ThoughtbubblesForCausalLM, table: TokenTable) -> Iterator[Calla
     engines: list[Engine] = []
 
     def make(rows: Any = None, slots: int = 3, **options: Any) -> Engine:
-        engine = Engine(rows or GrowingRows(model, slots), table, **options)
+        engine = Engine(rows or StaticRows(model, slots, Fraction(4)), table, **options)
         engine.start()
         engines.append(engine)
         return engine

@@ -19,7 +19,7 @@ from thoughtbubbles.serving.choosing import Choosing
 from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.engine import BusyError, Engine
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Written
-from thoughtbubbles.serving.rows import GrowingRows
+from thoughtbubbles.serving.rows import GrowingRows, StaticRows
 from thoughtbubbles.support.text import decode_after, encode_text
 
 GREEDY = Choosing(temperature=0, alternatives=1)
@@ -39,11 +39,22 @@ ORDERS = st.lists(
 
 
 @of_whole_models
-@given(asked=ORDERS, slots=st.integers(1, 4), chunk=st.integers(1, 9))
+@given(
+    asked=ORDERS,
+    slots=st.integers(1, 4),
+    chunk=st.integers(1, 9),
+    kind=st.sampled_from(["growing", "static", "static"]),
+)
 def test_each_answer_is_that_of_generate_alone(
-    model: ThoughtbubblesForCausalLM, table: TokenTable, asked: list[tuple[int, str, int]], slots: int, chunk: int
+    model: ThoughtbubblesForCausalLM,
+    table: TokenTable,
+    asked: list[tuple[int, str, int]],
+    slots: int,
+    chunk: int,
+    kind: str,
 ) -> None:
-    with running(Engine(GrowingRows(model, slots), table, chunk=chunk)) as engine:
+    rows = GrowingRows(model, slots) if kind == "growing" else StaticRows(model, slots, Fraction(4))
+    with running(Engine(rows, table, chunk=chunk)) as engine:
         orders = [
             Order(a_prompt(size, seed), Fraction(budget), most, GREEDY)
             for seed, (size, budget, most) in enumerate(asked)
@@ -291,7 +302,7 @@ def test_nothing_is_left_of_answers(start: Start) -> None:
         listener.end()
     until(lambda: engine.running == 0)
     rows = engine._model
-    assert isinstance(rows, GrowingRows)
-    assert rows._caches == [None, None]
+    assert isinstance(rows, StaticRows)
+    assert rows._cache.frame.tokens == [0, 0]
     assert (engine.totals.prompt_tokens, engine.totals.tokens, engine.totals.finished) == (30, 18, 6)
     assert engine.totals.streams == 6 * 7

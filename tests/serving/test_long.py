@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.serving.conftest import greedy, until
 from tests.serving.test_server import client_of, serving
 from thoughtbubbles import ThoughtbubblesForCausalLM
+from thoughtbubbles.serving.served import Limits
 from thoughtbubbles.support.text import text_ends
 
 pytestmark = pytest.mark.long
@@ -25,7 +26,7 @@ def test_sixty_four_clients_get_what_generate_writes(
     asked = [([3 + (7 * n + 5 * k) % 290 for k in range(1 + n)], BUDGETS[n % 6], 1 + n % 30) for n in range(64)]
     ends = text_ends(tokenizer, model.generation_config)
 
-    with serving(model, tokenizer, slots=16) as live:
+    with serving(model, tokenizer, slots=16, limits=Limits(budget=3)) as live:
 
         def ask(number: int) -> list[str]:
             ids, budget, most = asked[number]

@@ -45,7 +45,7 @@ def serving(model: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> I
 
 @pytest.fixture(scope="module")
 def live(model: ThoughtbubblesForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[ApiServer]:
-    with serving(model, tokenizer, slots=3) as found:
+    with serving(model, tokenizer, slots=3, limits=Limits(budget=3)) as found:
         yield found
 
 
@@ -55,7 +55,7 @@ def scripted(
 ) -> Iterator[tuple[ApiServer, ScriptedRows]]:
     """A server of one slot, with one more that may wait, that writes what a script says."""
     rows = ScriptedRows(1)
-    monkeypatch.setattr(application, "GrowingRows", lambda *_: rows)
+    monkeypatch.setattr(application, "make_rows", lambda *_: rows)
     with serving(model, tokenizer, slots=1, most_waiting=1) as found:
         yield found, rows
         rows.gate.set()
@@ -378,7 +378,7 @@ def test_the_end_of_a_server_is_not_waited_for_by_its_clients(
 ) -> None:
     rows = ScriptedRows(1)
     rows.gate.clear()
-    monkeypatch.setattr(application, "GrowingRows", lambda *_: rows)
+    monkeypatch.setattr(application, "make_rows", lambda *_: rows)
     monkeypatch.setattr(server, "GRACE", 1)
     with serving(model, tokenizer, slots=1) as live, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.post, f"{live.address}/v1/completions", json={"prompt": [5]}, timeout=60)

@@ -20,7 +20,7 @@ def serve(
     budget: BudgetOption = None,
     max_budget: Annotated[
         str | None,
-        Option(help="Streams per token that a request may ask for at most; if not given, there is no limit."),
+        Option(help="Streams per token that a request may ask for at most; if not given, the model's own."),
     ] = None,
     max_prompt: Annotated[
         int | None,

@@ -18,7 +18,7 @@ from thoughtbubbles.serving.metrics import ServerMetrics
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Saying, Ticket, Written
 from thoughtbubbles.serving.refusals import RefusedError
 from thoughtbubbles.serving.requests import ChatFields, CompletionFields, RequestFields, read_fields
-from thoughtbubbles.serving.rows import GrowingRows
+from thoughtbubbles.serving.rows import make_rows
 from thoughtbubbles.serving.served import Limits, ServedModel
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def open_service(
     """
     limits = replace(limits or Limits(), answers=slots + most_waiting)
     served = ServedModel(name, model, tokenizer, budget, limits)
-    engine = Engine(GrowingRows(model, slots), served.table, most_waiting)
+    engine = Engine(make_rows(model, slots, served.most_budget), served.table, most_waiting)
     engine.start()
     return Service(served, engine)
 

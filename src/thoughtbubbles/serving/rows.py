@@ -7,8 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thoughtbubbles.model.budget import RowBudgets
 from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.graph import StepGraph
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.model.static import StaticStreamCache
 
 
 class DecodingRows(Protocol):
@@ -120,3 +123,67 @@ class GrowingRows:
         self._streams[slot] += int(out.streams[-1].alive.sum())
         logits: Tensor = out.logits[0]
         return logits
+
+
+class StaticRows:
+    """`DecodingRows` over one cache of fixed shapes, so that a step is one pass of all rows.
+
+    Args:
+        model: in evaluation mode, whose rule lets rows have their own budgets (`suits`).
+        slots: rows.
+        most: the greatest budget of a row.
+    """
+
+    def __init__(self, model: ThoughtbubblesForCausalLM, slots: int, most: Fraction) -> None:
+        self.slots, self.longest = slots, int(model.config.max_position_embeddings)
+        self._model, self._cache = model, StaticStreamCache(slots, self.longest, most, model.device)
+        self._budgets = [Fraction(1)] * slots
+        with torch.inference_mode():
+            self._cache.begin(model.config, RowBudgets(self._budgets, model.device), slots)
+            self._step = StepGraph(model, self._cache)
+            # Makes room for all that is kept.
+            self._cache.step([True] * slots)
+            alive = torch.ones(slots, 1, dtype=torch.bool, device=model.device)
+            model.advance(alive.long() * 0, alive, self._cache)
+            for slot in range(slots):
+                self._cache.clear(slot)
+            self._step.prepare()
+
+    @staticmethod
+    def suits(model: ThoughtbubblesForCausalLM) -> bool:
+        """Whether rows of the model may have their own budgets."""
+        config = model.config
+        return config.rule.router is not None and not config.leaks and config.attenuation != "released"
+
+    @torch.inference_mode()
+    def begin(self, slot: int, budget: Fraction) -> None:
+        """Make an empty slot ready for a row."""
+        self._cache.clear(slot, budget)
+        self._budgets[slot] = budget
+
+    @torch.inference_mode()
+    def read(self, slot: int, ids: Sequence[int], every: bool = False) -> Tensor:
+        """More of a row's prompt: logits [V], or [n, V]."""
+        given = torch.tensor([list(ids)], device=self._model.device)
+        with self._cache.row(slot) as row:
+            out = self._model(given, cache=row, budget=[self._budgets[slot]], logits_to_keep=0 if every else 1)
+        logits: Tensor = out.logits[0]
+        return logits if every else logits[-1]
+
+    def step(self, tokens: Tensor, active: Sequence[bool]) -> Tensor:
+        """One token more of every active row: logits [slots, V], good until the next step."""
+        return self._step(tokens, active)
+
+    @torch.inference_mode()
+    def end(self, slot: int) -> None:
+        """Forget a row."""
+        self._cache.clear(slot)
+
+    def streams(self, slot: int) -> int:
+        """Streams alive after the last layer, over all tokens of a row so far."""
+        return int(self._cache.attention[-1].lengths.length[slot])
+
+
+def make_rows(model: ThoughtbubblesForCausalLM, slots: int, most: Fraction) -> DecodingRows:
+    """Rows of a model at budgets up to `most`: over one cache of fixed shapes where its rule allows."""
+    return StaticRows(model, slots, most) if StaticRows.suits(model) else GrowingRows(model, slots)

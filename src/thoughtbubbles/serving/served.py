@@ -32,7 +32,7 @@ class Limits:
     Attributes:
         prompt: tokens of a prompt.
         output: tokens of an answer.
-        budget: streams per token.
+        budget: streams per token; None is the model's own, or what requests have that say nothing, the greater.
         answers: of one request, over all of its prompts.
     """
 
@@ -58,6 +58,7 @@ class ServedModel:
         table: of the tokenizer, for any thread.
         longest: tokens of a row, prompt and answer together.
         budget: as above.
+        most_budget: of a request.
 
     Raises:
         ValueError: a budget that the model cannot have, or above the limit.
@@ -77,11 +78,12 @@ class ServedModel:
         self._tokenizer = tokenizer
         self._config = model.config
         self._limits = limits or Limits()
-        self._most_budget = None if self._limits.budget is None else self._config.exact_budget(self._limits.budget)
         self.budget = self._config.exact_budget(budget)
-        if self._most_budget is not None and self.budget > self._most_budget:
+        usual = max(self.budget, self._config.exact_budget())
+        self.most_budget = usual if self._limits.budget is None else self._config.exact_budget(self._limits.budget)
+        if self.budget > self.most_budget:
             raise InputError(
-                f"budget={budget_text(self.budget)}: expected at most {budget_text(self._most_budget)}, the limit of "
+                f"budget={budget_text(self.budget)}: expected at most {budget_text(self.most_budget)}, the limit of "
                 "requests"
             )
         self.longest = int(self._config.max_position_embeddings)
@@ -216,8 +218,8 @@ class ServedModel:
             budget = self._config.exact_budget(asked)
         except ValueError as error:
             raise bad_field("budget", str(error)) from None
-        if self._most_budget is not None and budget > self._most_budget:
-            raise bad_field("budget", f"budget={shown(asked)}: expected at most {budget_text(self._most_budget)}")
+        if budget > self.most_budget:
+            raise bad_field("budget", f"budget={shown(asked)}: expected at most {budget_text(self.most_budget)}")
         return budget
 
     def _bias(self, asked: Mapping[str, float]) -> dict[int, float]:
