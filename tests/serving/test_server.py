@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,11 +17,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.serving.conftest import ScriptedRows, greedy, until
+from tests.serving.conftest import LONGEST, ScriptedRows, greedy, until
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.evaluation.conversation import Chat
 from thoughtbubbles.evaluation.generation import Decoding, Sampling, generate_text
 from thoughtbubbles.serving import application, guard, server
+from thoughtbubbles.serving.requests import ChatFields, CompletionFields
 from thoughtbubbles.serving.served import Limits
 from thoughtbubbles.serving.server import ApiServer
 from thoughtbubbles.support.text import encode_text, start_document, text_ends
@@ -29,6 +31,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed: pip inst
 for _needed in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(_needed, reason=f"{_needed} is not installed: pip install 'thoughtbubbles[serve]'")
 
+GUIDE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 PROMPTS = ["the river", "stone", "", "the green house under the small cloud", "deep bread sing"]
 BUDGETS = [1, 1.2, 1.5, 2, "7/3"]
 QUESTION = [{"role": "user", "content": "the river of stone"}]
@@ -198,7 +201,8 @@ def test_a_chat_is_that_of_generate_chat(
 
 
 def test_models_are_listed(client: Any) -> None:
-    assert [each.id for each in client.models.list()] == ["tiny"]
+    [listed] = client.models.list()
+    assert (listed.id, listed.max_model_len, listed.budget, listed.max_budget) == ("tiny", LONGEST, "2", "3")
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="there is 'tiny' alone"):
         client.models.retrieve("a/b")
@@ -387,6 +391,23 @@ def test_the_end_of_a_server_is_not_waited_for_by_its_clients(
         live.close()
         with pytest.raises(httpx.HTTPError):
             asked.result().raise_for_status()
+
+
+def test_the_client_of_the_guide(live: ApiServer, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "from openai" in block]
+    code = code.replace("http://127.0.0.1:8000", live.address).replace("runs/mine", "tiny")
+    exec(compile(code, "serving.md", "exec"), {})
+    text = capsys.readouterr().out
+    assert re.search(r" 32 \d+$", text, re.MULTILINE)
+
+
+def test_fields_of_the_guide_are_those_that_are_served() -> None:
+    table = GUIDE.partition("| field | default | |\n")[2].partition("\n\n")[0]
+    cells = " ".join(f"{row.split('|')[1]} {row.split('|')[3]}" for row in table.splitlines()[1:])
+    named = set(re.findall(r"`(\w+)`", cells))
+    served = {*CompletionFields.model_fields, *ChatFields.model_fields}
+    assert served <= named
+    assert named - served <= {"role", "content", "include_usage"}
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'thoughtbubbles[eval]'")

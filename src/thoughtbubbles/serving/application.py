@@ -68,6 +68,7 @@ class Service:
             "owned_by": "thoughtbubbles",
             "max_model_len": self.served.longest,
             "budget": budget_text(self.served.budget),
+            "max_budget": budget_text(self.served.most_budget),
         }
 
     async def completions(self, body: bytes) -> tuple[CompletionFields, list[Order], AnswerFormat]:
