@@ -29,8 +29,8 @@ BUDGETS: list[Any] = [1, 2, 1.5, "4/3"]
 by_row = pytest.mark.parametrize("rules", BY_ROW, ids=lambda rules: rules["routing"])
 
 
-def static(model: Any, rows: int, longest: int = LENGTH) -> StaticStreamCache:
-    return StaticStreamCache(rows, longest, model.config.budget)
+def static(model: Any, rows: int, longest: int = LENGTH, fixed: bool = True) -> StaticStreamCache:
+    return StaticStreamCache(rows, longest, model.config.budget, fixed=fixed)
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def check(model: Any, rows: int, *splits: list[int], longest: int = LENGTH) -> N
     ids, mask = ids_and_mask(rows)
     full = model(ids, attention_mask=mask).logits
     for chunks in splits:
-        assert agree(in_chunks(model, ids, mask, chunks, static(model, rows, longest)), full, mask)
+        for fixed in (True, False):
+            assert agree(in_chunks(model, ids, mask, chunks, static(model, rows, longest, fixed)), full, mask)
 
 
 @pytest.mark.parametrize("budget", [1, 1.5, 2, 4])
@@ -92,7 +93,7 @@ class Rows:
     """Texts in the rows of a static cache: what was found of each, and what it should be."""
 
     def __init__(self, model: Any, rows: int) -> None:
-        self.model, self.cache = model, StaticStreamCache(rows, LENGTH, 2)
+        self.model, self.cache = model, StaticStreamCache(rows, LENGTH, 2, fixed=True)
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.found: list[list[Tensor]] = [[] for _ in range(rows)]
         self.cache.begin(model.config, RowBudgets([Fraction(1)] * rows), rows)
@@ -254,6 +255,7 @@ def test_what_it_cannot_do_is_refused() -> None:
             make(**others)(ids, budget=[1, 2])
     with pytest.raises(ValueError, match=r"budget=3: expected at most 2"):
         cache.clear(0, budget=3)
+    assert [StaticStreamCache(1, 1, 1, device).fixed for device in ("cpu", "meta")] == [False, True]
     cache.reset()
     assert not cache.is_initialized
     for _ in range(12):

@@ -38,11 +38,12 @@ class Frame:
         steps: whether the pass is a single token of every row, whose widths may not depend on what it holds.
         longest: tokens of a row.
         most: the greatest budget that a row may have.
+        fixed: whether steps are as wide as they can be, so that nothing has to be looked up.
     """
 
-    def __init__(self, rows: int, longest: int, most: Fraction) -> None:
+    def __init__(self, rows: int, longest: int, most: Fraction, fixed: bool) -> None:
         self.tokens = [0] * rows
-        self.longest, self.most = longest, most
+        self.longest, self.most, self.fixed = longest, most, fixed
         self.first, self.reach, self.steps = True, longest, False
 
     def begin(self, new: int) -> None:
@@ -70,8 +71,9 @@ class Frame:
         return 2 * self.streams(tokens, forks) - tokens
 
     def width(self, survive: Tensor) -> int | None:
-        """The most survivors of candidates [B, M] of a step; None where that has to be looked up."""
-        return min(survive.shape[1], 1 + floor_times(self.most - 1, self.longest)) if self.steps else None
+        """The most survivors of candidates [B, M] of a step; None where they are looked up."""
+        is_known = self.steps and self.fixed
+        return min(survive.shape[1], 1 + floor_times(self.most - 1, self.longest)) if is_known else None
 
 
 @dataclass(frozen=True)
@@ -252,19 +254,29 @@ class StaticStreamCache(StreamCache):
         longest: tokens of a row, padding included.
         most: the greatest budget that a row may have.
         device: that of the model.
+        fixed: whether a step, too, has the same shapes whatever it holds, as a graph needs; None is on other devices
+            than a processor, which looks up faster how wide a step is than it computes slots that stay empty.
     """
 
     is_croppable = False
 
-    def __init__(self, rows: int, longest: int, most: Budget, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rows: int,
+        longest: int,
+        most: Budget,
+        device: torch.device | str = "cpu",
+        fixed: bool | None = None,
+    ) -> None:
         self.rows, self.longest, self.most = rows, longest, parse_budget(most)
-        self.device = device
+        self.device = torch.device(device)
+        self.fixed = self.device.type != "cpu" if fixed is None else fixed
         super().__init__()
 
     def reset(self) -> None:
         """Forget everything, the budget included."""
         super().reset()
-        self.frame = Frame(self.rows, self.longest, self.most)
+        self.frame = Frame(self.rows, self.longest, self.most, self.fixed)
         self.seen = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
 
     def _open(self, config: ThoughtbubblesConfig) -> None:
@@ -337,7 +349,7 @@ class StaticStreamCache(StreamCache):
         """A row as a cache of its own, in the same memory, which all rows must have had a token of before."""
         at, part = slice(row, row + 1), copy.copy(self)
         part.rows, part.seen = 1, self.seen[at]
-        part.frame = Frame(1, self.longest, self.most)
+        part.frame = Frame(1, self.longest, self.most, self.fixed)
         part.frame.tokens = [self.frame.tokens[row]]
         lengths = {each: StreamLengths(part.frame, each.forks, each.length[at]) for each in self._lengths()}
         part.attention = [memory.part(lengths[memory.lengths], at) for memory in self.attention]
