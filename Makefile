@@ -77,6 +77,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/overheads.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/serving.py
 
 gpu: $(READY)
 	test -e kit/kit.json || $(BIN)/python scripts/gpu_kit.py kit $(if $(DATA),--data $(DATA))
