@@ -1,6 +1,8 @@
 """The engine: what it writes is what each answer alone would be, and nobody waits for what is not theirs."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -235,6 +237,38 @@ def test_a_stop_string_may_end_with_the_answer(start: Start, tokenizer: PreTrain
     [listener] = ask(start(ScriptedRows(1, {5: script})), Order([5], ONE, len(script), stops=["river."]))
     assert listener.end() == Finished("length", 1, len(script), 2 * len(script))
     assert listener.text == "the river"
+
+
+def test_an_answer_of_a_chat_is_trimmed(start: Start, tokenizer: PreTrainedTokenizerFast) -> None:
+    script = encode_text(tokenizer, " \n the river \nENDED of END \n")
+    rows = ScriptedRows(1, {5: script})
+    [listener] = ask(start(rows), Order([5], ONE, len(script), tail="END"))
+    listener.end()
+    said = [saying.text for saying in listener.sayings if isinstance(saying, Written)]
+    assert "".join(said) == "the river \nENDED of"
+    assert said[0].strip()
+    assert len(said) > 3
+
+
+def test_in_single_precision_answers_differ_where_rounding_decides_alone(
+    model: ThoughtbubblesForCausalLM, table: TokenTable
+) -> None:
+    single: Any = copy.deepcopy(model).float()
+    orders = [Order(a_prompt(3 + n, n), Fraction(1 + n % 4, 1 + n % 2), 12, GREEDY) for n in range(12)]
+    orders = [replace(order, budget=max(order.budget, ONE)) for order in orders]
+    differing = 0
+    with running(Engine(StaticRows(single, 5, Fraction(4)), table, chunk=4)) as engine:
+        for listener, order in zip(ask(engine, *orders), orders, strict=True):
+            listener.end()
+            alone = greedy(single, order.ids, order.most, order.budget)
+            pairs = zip(listener.tokens, alone, strict=True)
+            first = next((place for place, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+            if first is not None:
+                differing += 1
+                row = torch.tensor([[*order.ids, *alone[:first]]])
+                best = single(row, budget=order.budget).logits[0, -1].topk(2).values
+                assert float(best[0] - best[1]) < 1e-3
+    assert differing <= 2
 
 
 def test_offsets_are_those_of_the_text(start: Start, tokenizer: PreTrainedTokenizerFast) -> None:

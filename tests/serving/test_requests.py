@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.serving.conftest import LONGEST
+from tests import tokenizer_kinds
+from tests.serving.conftest import LONGEST, TEMPLATE
 from tests.tokenizer_kinds import byte_level
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data.tokenizer import load_data_tokenizer
@@ -103,7 +104,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [[3], [312]]}, "prompt", "prompt[1]: token 312: expected ids from 0 to 311"),
     ({"prompt": [5] * 96}, "prompt", "prompt: 96 tokens, expected at most 95 (a row has 96, answer included)"),
     ({"prompt": [5] * 97, "max_tokens": 0}, "prompt", "prompt: 97 tokens, expected at most 96"),
-    ({"prompt": "x" * 10000}, "prompt", "10000 characters are more than the 96 tokens of a row"),
+    ({"prompt": "x" * 10000}, "prompt", "prompt: more than 96 tokens, expected at most 95 (a row"),
     ({"budget": 0.5}, "budget", "budget=0.5: expected a number of streams per token from 1"),
     ({"budget": "many"}, "budget", "budget='many': expected a number"),
     ({"budget": True}, "budget", "budget=True: expected"),
@@ -178,6 +179,32 @@ def test_what_a_chat_does_not_serve_is_refused_by_name(
         chats(served, **fields)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_of_a_huge_prompt_a_little_is_encoded(
+    model: ThoughtbubblesForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Others wait while a text is encoded."""
+    tokenizer = load_data_tokenizer(getattr(tokenizer_kinds, kind)(tmp_path))
+    tokenizer.chat_template = TEMPLATE.read_text()
+    served = ServedModel("tiny", model, tokenizer)
+    encoded: list[int] = []
+
+    def encode(tokenizer: Any, text: str) -> list[int]:
+        encoded.append(len(text))
+        return encode_text(tokenizer, text)
+
+    monkeypatch.setattr("thoughtbubbles.serving.served.encode_text", encode)
+    text = "a river, 17 stones; " * 20000
+    with pytest.raises(RefusedError, match="prompt: more than 96 tokens, expected at most 95") as caught:
+        completions(served, prompt=text)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(RefusedError, match="messages: more than 96 tokens, expected at most 95"):
+        chats(served, messages=[{"role": "user", "content": text}])
+    assert all(size <= 16 * LONGEST for size in encoded)
+    words = "the river of stone " * 4 + "y" * 20
+    assert completions(served, prompt=words)[0].ids[-1] == encode_text(tokenizer, words)[-1]
 
 
 def test_what_asks_for_nothing_is_taken(served: ServedModel) -> None:

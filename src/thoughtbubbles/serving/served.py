@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant")
 MOST_BIASED = 1000
 LONGEST_BIAS = 100
+HEAD = 16
+"""Characters of a text that are looked at first for each token of a row: texts have about four."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class ServedModel:
             raise RefusedError(400, str(self._chat), "messages", "no_chat_template")
         self._check_answers(fields.n)
         messages = [_read_message(message, f"messages[{place}]") for place, message in enumerate(fields.messages)]
+        self._check_length("\n".join(message["content"] for message in messages), "messages")
         try:
             ids = self._chat.prompt(messages, "messages")
         except DataError as error:
@@ -144,12 +147,28 @@ class ServedModel:
         if most is not None and count > most:
             raise bad_field("n", f"{count} answers in one request: expected at most {most}")
 
+    def _check_length(self, text: str, place: str) -> None:
+        """Refuse what is certainly too long for a row without encoding all of it, which takes a while."""
+        head = text[: HEAD * self.longest]
+        if len(head) == len(text):
+            return
+        if self._most_characters is not None and len(text) > self._most_characters:
+            least = self.longest
+        else:
+            least = len(encode_text(self._tokenizer, head)) // 2  # where a text is cut, more tokens may come of it
+        if least >= self.longest:
+            raise self._too_long(place, f"more than {self.longest}", 1)
+
+    def _too_long(self, place: str, count: str, room: int) -> RefusedError:
+        """What to say of a prompt with `count` tokens, where an answer wants `room` of them."""
+        most = min(self.longest - room, self._limits.prompt or self.longest)
+        message = f"{place}: {count} tokens, expected at most {most} (a row has {self.longest}, answer included)"
+        return bad_field(place.partition("[")[0], message, "context_length_exceeded")
+
     def _completion_prompt(self, prompt: str | list[int], place: str) -> tuple[list[int], int]:
         """The tokens of a prompt, and how many of them precede what was given."""
         if isinstance(prompt, str):
-            if self._most_characters is not None and len(prompt) > self._most_characters:
-                message = f"{place}: {len(prompt)} characters are more than the {self.longest} tokens of a row can be"
-                raise bad_field("prompt", message, "context_length_exceeded")
+            self._check_length(prompt, place)
             ids = self._start + encode_text(self._tokenizer, prompt)
             if not ids:
                 expected = "expected some text, since the tokenizer has no token to start a document with"
@@ -199,15 +218,11 @@ class ServedModel:
             RefusedError: the prompt is too long, or more tokens are asked for than any answer may have.
         """
         asked, limit = fields.tokens_asked, self._limits.output
-        name = place.partition("[")[0]
         if asked is not None and limit is not None and asked > limit:
             raise bad_field("max_tokens", f"max_tokens={asked}: expected at most {limit}")
         room = self.longest - size
         if room < (asked != 0) or (self._limits.prompt is not None and size > self._limits.prompt):
-            fits = self.longest - (asked != 0)
-            most = fits if self._limits.prompt is None else min(fits, self._limits.prompt)
-            message = f"{place}: {size} tokens, expected at most {most} (a row has {self.longest}, answer included)"
-            raise bad_field(name, message, "context_length_exceeded")
+            raise self._too_long(place, str(size), int(asked != 0))
         wanted = fields.default_tokens if asked is None else asked
         return min(each for each in (room, wanted, limit) if each is not None)
 
