@@ -33,6 +33,7 @@ CODE = {
             "content",
             "controls",
             "generating",
+            "graph",
             "sharing",
             "static",
             "mixture",

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import LEFT_TO_RIGHT, OTHER_BLOCKS, of_whole_models
 from tests.model.test_cache import LENGTH, agree, ids_and_mask, in_chunks, make
 from thoughtbubbles.model.budget import RowBudgets
 from thoughtbubbles.model.cache import StreamCache
+from thoughtbubbles.model.graph import StepGraph
 from thoughtbubbles.model.routing import Candidates, route_causal, route_step
 from thoughtbubbles.model.static import StaticStreamCache
 from thoughtbubbles.model.threshold import route_threshold
@@ -229,6 +231,31 @@ def test_generate_is_the_same_with_either_cache(arguments: dict[str, Any]) -> No
         settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **arguments}
         found.append(model.generate(ids, attention_mask=mask, cache_implementation=kind, **settings))
     assert torch.equal(*found)
+
+
+@by_row
+@torch.no_grad()
+def test_a_compiled_step_is_the_step(rules: dict[str, Any]) -> None:
+    """There is a graph for each power of two of tokens, and none is made after `prepare`."""
+    model = make(budget=2, num_hidden_layers=2, fork_layers=[0, 1], **rules)
+    ids, mask = ids_and_mask(2)
+    ids, mask = torch.cat([ids] * 4, 1), torch.cat([mask] * 4, 1)
+    full = model(ids, attention_mask=mask).logits
+    cache = StaticStreamCache(2, 100, 2, fixed=True)
+    found = [model(ids[:, :60], attention_mask=mask[:, :60], cache=cache).logits]
+    cache.graph = StepGraph(model.advance, cache, backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    cache.graph.prepare()
+    made = counters["stats"]["unique_graphs"] - before
+    for column in range(60, ids.shape[1]):
+        at = slice(column, column + 1)
+        found.append(model(ids[:, at], attention_mask=mask[:, : column + 1], cache=cache).logits)
+    with pytest.raises(ValueError, match="budget=1: expected 2, with which the cache was filled"):
+        model(ids[:, :1], cache=cache, budget=1)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1\): expected \(2, 93\)"):
+        model(ids[:, :1], attention_mask=mask[:, :1], cache=cache)
+    assert agree(torch.cat(found, 1), full, mask)
+    assert counters["stats"]["unique_graphs"] - before == made == 2
 
 
 def test_what_it_cannot_do_is_refused() -> None:

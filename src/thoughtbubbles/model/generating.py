@@ -12,6 +12,7 @@ from transformers.utils.generic import ModelOutput
 from .budget import Budget
 from .cache import StreamCache
 from .configuration import ThoughtbubblesConfig
+from .graph import StepGraph
 from .static import StaticStreamCache
 from .streams import ColumnMap
 
@@ -87,7 +88,10 @@ class StreamGenerationMixin(GenerationMixin):
     def _static_cache(self: Any, rows: int, longest: int, budget: Budget | list[Budget] | None) -> StreamCache:
         given = budget if isinstance(budget, list) else [budget]
         most = max(self.config.exact_budget(each) for each in given)
-        return StaticStreamCache(rows, longest, most, self.device)
+        cache = StaticStreamCache(rows, longest, most, self.device)
+        if cache.device.type == "cuda":
+            cache.graph = StepGraph(self.advance, cache)
+        return cache
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]

@@ -454,11 +454,15 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         position_ids = kwargs.pop("position_ids", None)
         refuse_unknown(kwargs)
         _check_labels(labels, logits_to_keep, return_logits)
+        given = one_cache(cache, past_key_values)
+        plain = labels is None and not (output_hidden_states or output_streams)
+        if plain and (step := self._step(input_ids, attention_mask, given, budget)) is not None:
+            return step
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache=one_cache(cache, past_key_values),
+            cache=given,
             use_cache=use_cache,
             budget=budget,
             output_hidden_states=output_hidden_states,
@@ -475,6 +479,21 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
             loss = self._chunked_loss(out, targets, num_items_in_batch)
         kept = logits if return_logits else None
         return ThoughtbubblesCausalLMOutput(loss, kept, out.cache, out.hidden_states, out.streams)
+
+    def _step(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: StreamCache | None,
+        budget: Budget | list[Budget] | None,
+    ) -> ThoughtbubblesCausalLMOutput | None:
+        """A pass that the graph of a static cache makes; None for any other."""
+        if input_ids is None or not isinstance(cache, StaticStreamCache):
+            return None
+        if not cache.takes_step_of(input_ids, attention_mask):
+            return None
+        cache.begin(self.config, self.model._exact_budget(budget, input_ids), len(input_ids))
+        return ThoughtbubblesCausalLMOutput(None, cache.take_step(input_ids, attention_mask), cache)
 
     @torch.no_grad()
     def advance(self, input_ids: Tensor, alive: Tensor, cache: StaticStreamCache) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,6 +260,8 @@ class StaticStreamCache(StreamCache):
     """
 
     is_croppable = False
+    graph: Any = None
+    """What `forward` takes a step of all rows by, in place of computing it."""
 
     def __init__(
         self,
@@ -337,6 +340,27 @@ class StaticStreamCache(StreamCache):
         if full:
             raise ValueError(f"rows {full}: expected fewer than {self.longest} tokens in each, for which there is room")
         self.frame.step(active)
+
+    def takes_step_of(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether a pass over these ids, if it may be, is a step that there is a graph for."""
+        if self.graph is None or not self.is_initialized or input_ids.shape != (self.rows, 1):
+            return False
+        return attention_mask is None or attention_mask.shape == (self.rows, self.get_seq_length() + 1)
+
+    def take_step(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits [B, 1, V] of a step of all rows, by its graph; the mask's last column says which tokens are real."""
+        alive = None if attention_mask is None else attention_mask[:, -1] != 0
+        logits: Tensor = self.graph(input_ids[:, 0], [True] * self.rows, alive)
+        return logits[:, None].clone()
+
+    @contextmanager
+    def reaching(self, tokens: int) -> Iterator[None]:
+        """Steps inside make room for so many tokens, whatever the rows hold."""
+        frame = self.frame
+        kept = frame.first, frame.reach, frame.steps
+        frame.first, frame.reach, frame.steps = False, tokens, True
+        yield
+        frame.first, frame.reach, frame.steps = kept
 
     def advance(self, alive: Tensor) -> Tensor:
         """[B, 1] real tokens so far; those that a step adds [B, 1] are noted."""

@@ -140,14 +140,15 @@ class StaticRows:
         self._budgets = [Fraction(1)] * slots
         with torch.inference_mode():
             self._cache.begin(model.config, RowBudgets(self._budgets, model.device), slots)
-            self._step = StepGraph(model, self._cache)
+            self._step = StepGraph(model.advance, self._cache)
             # Makes room for all that is kept.
             self._cache.step([True] * slots)
             alive = torch.ones(slots, 1, dtype=torch.bool, device=model.device)
             model.advance(alive.long() * 0, alive, self._cache)
             for slot in range(slots):
                 self._cache.clear(slot)
-            self._step.prepare()
+            if self._step.is_replayed:
+                self._step.prepare()
 
     @staticmethod
     def suits(model: ThoughtbubblesForCausalLM) -> bool:
