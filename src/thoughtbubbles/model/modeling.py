@@ -447,16 +447,14 @@ class ThoughtbubblesForCausalLM(ThoughtbubblesPreTrainedModel, StreamGenerationM
         The other arguments are those of `ThoughtbubblesModel.forward`.
 
         Raises:
-            ValueError: as there; for an argument that this model has no use for; for labels together with
-                `logits_to_keep`, or `return_logits=False` without labels.
+            ValueError: as there; for unknown arguments, labels with `logits_to_keep` or `return_logits=False` without.
             RuntimeError: for labels that are neither -100 nor ids of the vocabulary (-1 is no "ignore").
         """
         position_ids = kwargs.pop("position_ids", None)
         refuse_unknown(kwargs)
         _check_labels(labels, logits_to_keep, return_logits)
-        given = one_cache(cache, past_key_values)
-        plain = labels is None and not (output_hidden_states or output_streams)
-        if plain and (step := self._step(input_ids, attention_mask, given, budget)) is not None:
+        given, more = one_cache(cache, past_key_values), labels is not None or output_hidden_states or output_streams
+        if not more and (step := self._step(input_ids, attention_mask, given, budget)) is not None:
             return step
         out = self.model(
             input_ids=input_ids,
