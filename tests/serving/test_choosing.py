@@ -59,6 +59,34 @@ def test_likeliest_and_mass_are_those_of_transformers() -> None:
     assert int((_keep_mass(logits.softmax(-1), [0.0] * 4) > 0).sum()) == 4
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_mass_of_a_large_vocabulary_is_that_of_transformers(spread: float) -> None:
+    logits = spread * torch.randn(3, 5000, dtype=torch.float64)
+    shares = _keep_mass(logits.softmax(-1), [0.3, 0.9, 0.99])
+    for row, mass in enumerate([0.3, 0.9, 0.99]):
+        expected = TopPLogitsWarper(mass)(None, logits[row : row + 1])[0] > -torch.inf
+        assert torch.equal(shares[row] > 0, expected)
+
+
+def test_a_choice_is_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [GREEDY, Choosing(seed=1, top_k=3), Choosing(bias={1: 2.0}, presence_penalty=1.0, alternatives=2)]
+    chooser = TokenChooser(3)
+    for slot, rule in enumerate(rules):
+        chooser.begin(slot, rule)
+    logits, read = torch.randn(3, 20), []
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *rest: object, real: object = real, name: str = name) -> object:
+            read.append(name)
+            return real(tensor, *rest)  # type: ignore[operator]
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for step in range(1, 4):
+        chooser.choose(logits, [0, 1, 2])
+        assert read == ["tolist"] * step
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -50.0]], dtype=torch.float64)
     chooser = TokenChooser(1)

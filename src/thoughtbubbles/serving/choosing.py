@@ -10,6 +10,10 @@ from thoughtbubbles.support.sampling import draw
 
 COLDEST = 1e-5
 """A temperature below it takes the likeliest token."""
+FEW = 1024
+"""Of the likeliest tokens: they mostly have the mass that is asked for."""
+MARGIN = 1e-6
+"""More than rounding changes a sum of probabilities."""
 LEAST_LOGPROB = -9999.0
 """What stands for a logarithm of 0, for which JSON has no number."""
 
@@ -104,9 +108,8 @@ class TokenChooser:
         logits = _wide(logits)
         scores = self._adjusted(logits, slots)
         chosen = scores.argmax(-1)
-        if not all(rule.is_greedy for rule in rules):
-            greedy = torch.tensor([rule.is_greedy for rule in rules], device=logits.device)
-            chosen = torch.where(greedy, chosen, self._draw(scores, slots))
+        if drawn := [row for row, rule in enumerate(rules) if not rule.is_greedy]:
+            chosen[drawn] = self._draw(scores[drawn], [slots[row] for row in drawn])
         finite = (logits < torch.inf).all(-1)  # nan is below nothing
         asked = [rule.alternatives for rule in rules]
         # One reading back for all there is to know.
@@ -139,9 +142,9 @@ class TokenChooser:
         return scores
 
     def _draw(self, scores: Tensor, slots: Sequence[int]) -> Tensor:
-        """Tokens [R] drawn by the rows' rules; those of greedy rows mean nothing."""
+        """Tokens [R] drawn by the rows' rules, of which none is greedy."""
         rules = [self._rules[slot] for slot in slots]
-        temperatures = [1.0 if rule.is_greedy else rule.temperature for rule in rules]
+        temperatures = [rule.temperature for rule in rules]
         scores = scores / torch.tensor(temperatures, device=scores.device, dtype=scores.dtype)[:, None]
         scores = _keep_likeliest(scores, [rule.top_k for rule in rules])
         shares = _keep_mass(scores.softmax(-1), [rule.top_p for rule in rules])
@@ -211,11 +214,20 @@ def _keep_mass(shares: Tensor, masses: Sequence[float]) -> Tensor:
     if not rows:
         return shares
     cut = shares[rows]
-    ordered = cut.sort(descending=True).values
-    before = ordered.double().cumsum(-1) - ordered.double()
     mass = torch.tensor([masses[row] for row in rows], device=shares.device, dtype=torch.float64)[:, None]
+    ordered = _enough(cut, mass)
+    before = ordered.double().cumsum(-1) - ordered.double()
     count = (before < mass).sum(-1, keepdim=True).clamp(min=1)
     least = ordered.gather(1, count - 1)
     shares = shares.clone()
     shares[rows] = cut.masked_fill(cut < least, 0)
     return shares
+
+
+def _enough(shares: Tensor, mass: Tensor) -> Tensor:
+    """The largest of the probabilities [R, V] in descending order: all of them, or enough for the mass [R, 1]."""
+    if shares.device.type == "cpu" and shares.shape[-1] > FEW:  # elsewhere sorting is cheaper than asking
+        largest = shares.topk(FEW, dim=-1).values
+        if bool((largest.double().sum(-1, keepdim=True) >= mass + MARGIN).all()):
+            return largest
+    return shares.sort(descending=True).values
