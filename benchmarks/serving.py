@@ -20,10 +20,10 @@ from clock import now
 from thoughtbubbles import ThoughtbubblesConfig, ThoughtbubblesForCausalLM
 from thoughtbubbles.data.procedural.vocabulary import word_tokenizer
 from thoughtbubbles.serving.choosing import Choosing
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.engine import Engine
 from thoughtbubbles.serving.orders import Order, Saying, Ticket, Written
 from thoughtbubbles.serving.rows import make_rows
+from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.files import json_text
 from thoughtbubbles.support.machine import describe_machine
 

@@ -57,9 +57,11 @@ def byte_fallback(folder: Path, strips: bool = True) -> Path:
         initial_alphabet=["▁", *"abcdefghijklmnopqrstuvwxyz"],
         show_progress=False,
     )
-    # The bytes are words of the vocabulary like others, and no special ones.
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.train_from_iterator(CORPUS, trainer)
     content = json.loads(backend.to_str())
+    content["pre_tokenizer"] = None
+    # The bytes are words of the vocabulary like others, and no special ones.
     vocab = content["model"]["vocab"]
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)

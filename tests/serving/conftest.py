@@ -17,10 +17,10 @@ from tests.helpers import tiny_model
 from tests.tokenizer_kinds import byte_level
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.data.tokenizer import load_data_tokenizer
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.engine import Engine
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Saying, Ticket, Written
 from thoughtbubbles.serving.rows import StaticRows
+from thoughtbubbles.support.detokenizer import TokenTable
 
 TEMPLATE = Path(__file__).parents[2] / "recipes" / "chat.jinja"
 LONGEST = 96

@@ -1,5 +1,7 @@
 """How tokens are chosen: rules of one row, whatever the others are."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -77,9 +79,9 @@ def test_a_choice_is_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         real = getattr(torch.Tensor, name)
 
-        def counted(tensor: torch.Tensor, *rest: object, real: object = real, name: str = name) -> object:
+        def counted(tensor: torch.Tensor, *rest: object, real: Any = real, name: str = name) -> object:
             read.append(name)
-            return real(tensor, *rest)  # type: ignore[operator]
+            return real(tensor, *rest)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     for step in range(1, 4):

@@ -18,10 +18,10 @@ from tests.helpers import of_whole_models
 from tests.serving.conftest import Listener, ScriptedRows, ask, greedy, running, until
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.serving.choosing import Choosing
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.engine import BusyError, Engine
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Written
 from thoughtbubbles.serving.rows import GrowingRows, StaticRows
+from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.text import decode_after, encode_text
 
 GREEDY = Choosing(temperature=0, alternatives=1)

@@ -271,6 +271,7 @@ def test_keys_are_asked_for_before_a_body_is_read(model: Any, tokenizer: PreTrai
                 assert "www-authenticate: Bearer" in answer
         assert httpx.get(f"{live.address}/metrics").status_code == 401
         assert httpx.get(f"{live.address}/health").json() == {"status": "ok"}
+        assert httpx.head(f"{live.address}/health").status_code == 200
         asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
         asked["access-control-request-headers"] = "authorization, content-type"
         allowed = httpx.options(f"{live.address}/v1/chat/completions", headers=asked)

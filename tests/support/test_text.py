@@ -11,18 +11,19 @@ from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import random_model, tiny_config
-from tests.tokenizer_kinds import CORPUS, END, byte_level, sentencepiece
+from tests.tokenizer_kinds import CORPUS, END, byte_fallback, byte_level, sentencepiece
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.app.exhibit import Exhibit
 from thoughtbubbles.data import load_prepared, prepare
 from thoughtbubbles.data.feed.sft import Template, read_examples
 from thoughtbubbles.data.tokenizer import Encoder, load_data_tokenizer
 from thoughtbubbles.evaluation.answering import Question, answer_questions, make_batches
-from thoughtbubbles.evaluation.generation import PARTIAL, Sampling, TextPrinter, generate_text
+from thoughtbubbles.evaluation.generation import Sampling, TextPrinter, generate_text
 from thoughtbubbles.evaluation.harness import adapter
 from thoughtbubbles.evaluation.perplexity import TextSize, read_blocks
 from thoughtbubbles.inspection.trace import to_ids, trace_bubbles
 from thoughtbubbles.model.loading import check_start, load_model, load_tokenizer
+from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.text import (
     decode_after,
@@ -210,19 +211,30 @@ def test_tokens_read_as_they_do_inside_a_text(tmp_path: Path) -> None:
     assert "".join(growth.pieces).startswith(" the river of stone")
 
 
-@pytest.mark.parametrize("kind", [sentencepiece, byte_level], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [sentencepiece, byte_level, byte_fallback], ids=lambda kind: kind.__name__)
 def test_what_is_printed_token_by_token_is_the_text(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
     tokenizer = load_data_tokenizer(kind(tmp_path / "m"))
     text = f"{CORPUS[0]} river{CORPUS[1]} \u77f3 small"
     ids, parts = encode_text(tokenizer, text), list[str]()
-    printer = TextPrinter(tokenizer, parts.append)
+    printer = TextPrinter(TokenTable(tokenizer), parts.append)
     printer.put(torch.tensor([[*start_document(tokenizer), *ids[:9]]]))
     for token in ids[9:]:
         printer.put(torch.tensor([token]))
     assert len(parts) > 30
-    assert PARTIAL not in "".join(parts)
+    assert "\ufffd" not in "".join(parts)
     printer.end()
     assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_nothing_that_was_printed_turns_out_otherwise(tmp_path: Path) -> None:
+    """One bad byte spoils the whole run of them that it stands in."""
+    tokenizer = load_data_tokenizer(byte_fallback(tmp_path / "m"))
+    run, parts = encode_text(tokenizer, "\u00e9")[-2:], list[str]()
+    printer = TextPrinter(TokenTable(tokenizer), parts.append)
+    for token in [*run, run[0]]:
+        printer.put(torch.tensor([token]))
+    printer.end()
+    assert "".join(parts) == "\ufffd\ufffd\ufffd\n"
 
 
 def test_bytes_of_half_a_character_are_marked(tmp_path: Path) -> None:

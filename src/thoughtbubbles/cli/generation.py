@@ -108,7 +108,7 @@ def _print_bubbles(tokenizer: "PreTrainedTokenizerBase", ids: list[int], sizes: 
 
 def _continued(
     model: "ThoughtbubblesForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerFast",
     settings: "Decoding",
     prompts: Iterator[str],
     quiet: bool,
@@ -116,10 +116,12 @@ def _continued(
 ) -> "Iterator[Generation]":
     """Prompts with what follows them, which is printed as it comes if not `quiet`."""
     from thoughtbubbles.evaluation.generation import TextPrinter, generate_text
+    from thoughtbubbles.support.detokenizer import TokenTable
 
+    table = None if quiet else TokenTable(tokenizer)
     for text in prompts:
         with _told(typed):
-            streamer = None if quiet else TextPrinter(tokenizer, _print)
+            streamer = None if table is None else TextPrinter(table, _print)
             yield generate_text(model, tokenizer, text, **vars(settings), streamer=streamer)
 
 

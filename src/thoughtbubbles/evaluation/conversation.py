@@ -1,6 +1,7 @@
 """Talking with a model: what its tokenizer's chat template writes is asked anew at every turn."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from thoughtbubbles.data.feed.chat import ChatMessage, ChatTemplate
 from thoughtbubbles.evaluation.generation import Decoding, Generation, TextPrinter
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.detokenizer import Detokenizer, TokenTable
 from thoughtbubbles.support.errors import InputError
 from thoughtbubbles.support.text import decode_after, text_ends
 
@@ -21,18 +23,19 @@ ROOM = 0.25
 class AnswerPrinter(TextPrinter):
     """Says an answer as its tokens come, and nothing of what it answers."""
 
-    _prompt: list[int] | None = None
+    _is_asked = _has_begun = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, or the next tokens."""
-        if self._prompt is None:
-            self._prompt = value.flatten().tolist()
-        else:
+        if self._is_asked:
             super().put(value)
+        else:
+            self._is_asked, self._detokenizer = True, Detokenizer(self._table, value.flatten().tolist())
 
-    def _text(self) -> str:
-        before = self._prompt or []
-        return decode_after(self._tokenizer, before + self._ids, len(before)).lstrip()
+    def _go_on(self, text: str) -> None:
+        text = text if self._has_begun else text.lstrip()
+        self._has_begun |= text != ""
+        super()._go_on(text)
 
 
 class Chat:
@@ -76,9 +79,13 @@ class Chat:
         self.messages = list(self._system)
         self._warned = False
 
+    @cached_property
+    def _table(self) -> TokenTable:
+        return TokenTable(self._tokenizer)
+
     def printer(self, say: Callable[[str], None]) -> AnswerPrinter:
         """What prints an answer as it comes."""
-        return AnswerPrinter(self._tokenizer, say)
+        return AnswerPrinter(self._table, say)
 
     def ask(self, question: str, streamer: Any = None) -> Generation:
         """Say something, and note what the model answers.

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from thoughtbubbles.evaluation.finite import finite_logits
 from thoughtbubbles.model.budget import Budget
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
+from thoughtbubbles.support.detokenizer import Detokenizer, TokenTable
 from thoughtbubbles.support.text import decode_after, encode_text, start_document, text_ends
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "min_p": (0, 1, "a number from 0 to 1"),
     "repetition_penalty": (0.01, 100, "a number from 0.01 to 100"),
 }
-
-
-# What the bytes of half a character are decoded to.
-PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -139,34 +136,26 @@ class TextPrinter(BaseStreamer):
     The streamer of transformers decodes each line by itself, which loses the space that a line may begin with.
 
     Args:
-        tokenizer: of the tokens.
+        table: of the tokenizer.
         say: takes each new part of the text.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> None:
-        self._tokenizer = tokenizer
-        self._say = say
-        self._ids: list[int] = []
-        self._said = 0
+    def __init__(self, table: TokenTable, say: Callable[[str], None]) -> None:
+        self._table, self._say = table, say
+        self._detokenizer = Detokenizer(table)
 
     def put(self, value: torch.Tensor) -> None:
         """Take the next tokens."""
-        self._ids += value.flatten().tolist()
-        # What half a character decodes to may yet change.
-        self._go_on(self._text().rstrip(PARTIAL))
+        self._go_on("".join(map(self._detokenizer.push, value.flatten().tolist())))
 
     def end(self) -> None:
         """Say what is left, and end the line."""
-        self._go_on(self._text())
+        self._go_on(self._detokenizer.finish())
         self._say("\n")
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
     def _go_on(self, text: str) -> None:
-        if new := text[self._said :]:
-            self._say(new)
-            self._said = len(text)
+        if text:
+            self._say(text)
 
 
 def generate_text(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thoughtbubbles.serving.choosing import TokenScore
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.orders import Finished, Order, PlacedScore, Written
+from thoughtbubbles.support.detokenizer import TokenTable
 
 Json = dict[str, Any]
 

@@ -227,7 +227,7 @@ def _add_facts(app: Any, service: Service) -> None:
     from fastapi import Response
     from fastapi.responses import JSONResponse
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # which balancers ask by
     async def health() -> Response:
         """Whether requests are answered."""
         alive = service.engine.is_alive

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from thoughtbubbles.serving.choosing import NotFiniteError, TokenChooser, TokenScore, score_tokens
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.orders import Failed, Finished, Ticket, Written
 from thoughtbubbles.serving.rows import DecodingRows
 from thoughtbubbles.serving.writing import AnswerWriter
+from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.errors import one_line
 
 CHUNK = 256

@@ -10,10 +10,10 @@ from thoughtbubbles.data.feed.chat import MARK, ChatMessage, ChatTemplate
 from thoughtbubbles.model.budget import Budget, budget_text
 from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 from thoughtbubbles.serving.choosing import Choosing
-from thoughtbubbles.serving.detokenizer import TokenTable
 from thoughtbubbles.serving.orders import Order
 from thoughtbubbles.serving.refusals import RefusedError, bad_field
 from thoughtbubbles.serving.requests import ChatFields, CompletionFields, RequestFields, without_nulls
+from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.errors import DataError, InputError, shown
 from thoughtbubbles.support.text import encode_text, start_document, text_ends
 

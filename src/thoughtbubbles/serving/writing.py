@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thoughtbubbles.serving.choosing import TokenScore
-from thoughtbubbles.serving.detokenizer import Detokenizer, TokenTable
 from thoughtbubbles.serving.endings import AnswerTrim, StopFinder
 from thoughtbubbles.serving.orders import Order, PlacedScore, Written
+from thoughtbubbles.support.detokenizer import Detokenizer, TokenTable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import tokenizer_kinds
 from thoughtbubbles.data.tokenizer import load_data_tokenizer
-from thoughtbubbles.serving.detokenizer import Detokenizer, TokenTable
+from thoughtbubbles.support.detokenizer import Detokenizer, TokenTable
 from thoughtbubbles.support.text import decode_after, encode_text
 
 KINDS: dict[str, Callable[[Path], Path]] = {
