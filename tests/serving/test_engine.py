@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import of_whole_models
-from tests.serving.conftest import Listener, ScriptedRows, ask, greedy, running, until
+from tests.helpers import LEFT_TO_RIGHT, OTHER_BLOCKS, of_whole_models, tiny_model
+from tests.serving.conftest import LONGEST, SIZE, Listener, ScriptedRows, ask, greedy, running, until
 from thoughtbubbles import ThoughtbubblesForCausalLM
 from thoughtbubbles.serving.choosing import Choosing
 from thoughtbubbles.serving.engine import BusyError, Engine
 from thoughtbubbles.serving.orders import Failed, Finished, Order, Written
-from thoughtbubbles.serving.rows import GrowingRows, StaticRows
+from thoughtbubbles.serving.rows import GrowingRows, StaticRows, make_rows
 from thoughtbubbles.support.detokenizer import TokenTable
 from thoughtbubbles.support.text import decode_after, encode_text
 
@@ -68,6 +68,28 @@ def test_each_answer_is_that_of_generate_alone(
             read = torch.tensor([[*order.ids, *listener.tokens[:-1]]])
             streams = model(read, budget=order.budget, output_streams=True).streams[-1]
             assert ended == Finished("length", len(order.ids), order.most, int(streams.alive.sum()))
+
+
+KINDS: list[dict[str, Any]] = [
+    {"routing": "none"},
+    {"routing": "topk", "budget": 2},
+    {"attenuation": "released", "merge": "residual-normed"},
+    {"merge": "probability"},
+    {"routing": "none", "num_loops": 2},
+    *LEFT_TO_RIGHT[::2],
+    *OTHER_BLOCKS,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_models_of_every_kind_are_served(table: TokenTable, kind: dict[str, Any]) -> None:
+    model = tiny_model(vocab_size=SIZE, max_position_embeddings=LONGEST, **kind).double()
+    own = model.config.exact_budget()
+    orders = [Order(a_prompt(4 + 3 * n, n), own if n % 2 else ONE, 5, GREEDY) for n in range(5)]
+    with running(Engine(make_rows(model, 2, own), table, chunk=5)) as engine:
+        for listener, order in zip(ask(engine, *orders), orders, strict=True):
+            assert isinstance(listener.end(), Finished)
+            assert listener.tokens == greedy(model, order.ids, order.most, order.budget)
 
 
 def test_text_and_end_are_those_of_generate(
