@@ -26,7 +26,7 @@ def test_sixty_four_clients_get_what_generate_writes(
     asked = [([3 + (7 * n + 5 * k) % 290 for k in range(1 + n)], BUDGETS[n % 6], 1 + n % 30) for n in range(64)]
     ends = text_ends(tokenizer, model.generation_config)
 
-    with serving(model, tokenizer, slots=16, limits=Limits(budget=3)) as live:
+    with serving(model, tokenizer, slots=16, limits=Limits(budget=4)) as live:
 
         def ask(number: int) -> list[str]:
             ids, budget, most = asked[number]
