@@ -64,7 +64,7 @@ def test_keys_stand_a_line_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_serves_until_it_is_told_to_end(tiny_run: Path, ending: signal.Signals) -> None:
-    command = [*COMMAND, "serve", str(tiny_run), "--port", "0", "--slots", "2"]
+    command = [*COMMAND, "serve", f"{tiny_run}/", "--port", "0", "--slots", "2"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -310,16 +310,22 @@ def test_metrics_count_what_was_done(model: Any, tokenizer: PreTrainedTokenizerF
         assert float(values[f"thoughtbubbles_{name}"]) == value, name
 
 
+def a_request(**fields: Any) -> bytes:
+    """Head and body of a request for completions."""
+    body = json.dumps(fields).encode()
+    return head("POST /v1/completions", f"Content-Length: {len(body)}") + body
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(scripted: tuple[ApiServer, ScriptedRows], stream: bool) -> None:
     live, rows = scripted
     rows.gate.clear()
-    body = json.dumps({"prompt": [5], "max_tokens": 90, "stream": stream}).encode()
+    request = a_request(prompt=[5], max_tokens=90, stream=stream)
     with connected(live) as connection:
-        connection.sendall(head("POST /v1/completions", f"Content-Length: {len(body)}") + body)
+        connection.sendall(request)
         until(lambda: live.engine.running == 1)
     with connected(live) as connection:  # and one that still waits
-        connection.sendall(head("POST /v1/completions", f"Content-Length: {len(body)}") + body)
+        connection.sendall(request)
         until(lambda: live.engine.waiting == 1 or live.engine.totals.cancelled == 1)
     rows.gate.set()
     until(lambda: live.engine.totals.cancelled == 2)
@@ -327,12 +333,25 @@ def test_a_client_that_leaves_frees_its_slot(scripted: tuple[ApiServer, Scripted
     assert len([name for name, _ in rows.calls if name == "step"]) < 80
 
 
+def test_clients_that_leave_at_any_moment_leave_nothing(live: ApiServer, client: Any) -> None:
+    requests = [a_request(prompt="the river", max_tokens=40, n=2, stream=stream) for stream in (False, True)]
+    before = client.completions.create(model="tiny", prompt="the river", max_tokens=4, seed=1).choices[0].text
+    for number in range(24):
+        sent = requests[number % 2]
+        with connected(live) as connection:
+            connection.sendall(sent[: len(sent) * (1 + number // 4) // 4] if number < 12 else sent)
+            time.sleep(0.01 * (number % 5))
+    until(lambda: live.engine.running + live.engine.waiting == 0)
+    again = client.completions.create(model="tiny", prompt="the river", max_tokens=4, seed=1).choices[0].text
+    assert again == before
+
+
 def test_one_who_reads_slowly_holds_up_nobody(scripted: tuple[ApiServer, ScriptedRows]) -> None:
     live, _ = scripted
-    body = json.dumps({"prompt": [5], "max_tokens": 90, "stream": True, "logprobs": 20}).encode()
+    request = a_request(prompt=[5], max_tokens=90, stream=True, logprobs=20)
     with connected(live) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        connection.sendall(head("POST /v1/completions", f"Content-Length: {len(body)}") + body)
+        connection.sendall(request)
         until(lambda: live.engine.totals.finished == 1)
         made = client_of(live).completions.create(model="tiny", prompt=[6], max_tokens=3)
         assert made.usage.completion_tokens == 3

@@ -44,12 +44,13 @@ def serve(
 
     check_budget(budget)
     check_budget(max_budget)
+    name = model.rstrip("/") or model
     keys = [] if api_key_file is None else read_keys(api_key_file)
     limits = Limits(max_prompt, max_output, max_budget)
     tokenizer, loaded = load_tokenizer(model), load_model(model)
     with bad_input():
-        server = ApiServer(model, loaded, tokenizer, slots, host, port, keys, budget, limits, max_queue)
+        server = ApiServer(name, loaded, tokenizer, slots, host, port, keys, budget, limits, max_queue)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo("whoever reaches this machine can use the model: --api-key-file asks for keys", err=True)
-    typer.echo(f"{model} is served at {server.address}/v1 (Ctrl-C ends it)")
+    typer.echo(f"{name} is served at {server.address}/v1 (Ctrl-C ends it)")
     server.wait()

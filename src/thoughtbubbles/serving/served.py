@@ -139,7 +139,7 @@ class ServedModel:
             ids = self._chat.prompt(messages, "messages")
         except DataError as error:
             raise bad_field("messages", str(error)) from None
-        ends = {self._chat.end} - {None}
+        ends = [] if self._chat.end is None else [self._chat.end]
         return self._orders(fields, ids, "messages", tail=self._chat.tail, ends=ends)
 
     def _check_answers(self, count: int) -> None:
@@ -188,11 +188,10 @@ class ServedModel:
         place: str,
         echo: int = 0,
         tail: str | None = None,
-        ends: set[int | None] | None = None,
+        ends: Sequence[int] = (),
     ) -> list[Order]:
         most = self._tokens(fields, len(ids), place)
         budget, seed = self._budget_of(fields.budget), secrets.randbits(63) if fields.seed is None else fields.seed
-        all_ends = frozenset([*self._ends, *(end for end in ends or () if end is not None)])
         bias = self._bias(fields.logit_bias)
 
         def order(number: int) -> Order:
@@ -207,7 +206,7 @@ class ServedModel:
                 number=number,
                 alternatives=fields.alternatives,
             )
-            return Order(ids, budget, most, choosing, all_ends, fields.stops, echo, tail)
+            return Order(ids, budget, most, choosing, frozenset([*self._ends, *ends]), fields.stops, echo, tail)
 
         return [order(number) for number in range(fields.n)]
 
