@@ -40,7 +40,8 @@ def check_static(device: str) -> dict[str, Any]:
     """How far steps of fixed shapes are from the whole forward in float64, while a GPU refuses to wait for the host."""
     torch.manual_seed(0)
     config = ThoughtbubblesConfig.preset("nano", budget=2.0, vocab_size=512, max_position_embeddings=200)
-    model = ThoughtbubblesForCausalLM(config).double().to(device).eval()
+    model = ThoughtbubblesForCausalLM(config).double().eval()
+    model.to(torch.device(device))
     ids = torch.randint(512, (3, 160), device=device)
     budgets = [1, 1.5, 2]
     full = model(ids, budget=budgets).logits
