@@ -23,12 +23,13 @@ from thoughtbubbles.model.threshold import route_threshold
 CHUNKS = ([1] * LENGTH, [LENGTH], [9, 1, 1, 5, 7])
 BY_ROW: list[dict[str, Any]] = [
     {"routing": "causal"},
+    {"routing": "causal", "fork_content": "attended"},
     {"routing": "threshold"},
     {"routing": "random", "routing_seed": 4},
     {"routing": "uniform"},
 ]
 BUDGETS: list[Any] = [1, 2, 1.5, "4/3"]
-by_row = pytest.mark.parametrize("rules", BY_ROW, ids=lambda rules: rules["routing"])
+by_row = pytest.mark.parametrize("rules", BY_ROW, ids=lambda rules: " ".join(map(str, rules.values())))
 
 
 def static(model: Any, rows: int, longest: int = LENGTH, fixed: bool = True) -> StaticStreamCache:
