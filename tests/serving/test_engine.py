@@ -223,6 +223,31 @@ def test_a_step_that_fails_ends_those_that_write_and_the_engine_goes_on(start: S
     assert isinstance(third.end(), Finished)
 
 
+class LostRows(ScriptedRows):
+    """Rows of a device that is lost."""
+
+    def step(self, tokens: Tensor, active: Any) -> Tensor:
+        super().step(tokens, active)
+        raise RuntimeError("the device is lost")
+
+    def end(self, slot: int) -> None:
+        raise RuntimeError("the device is lost")
+
+
+def test_a_device_that_is_lost_leaves_nobody_waiting(start: Start) -> None:
+    rows = LostRows(1)
+    rows.gate.clear()
+    engine = start(rows)
+    first, second = ask(engine, Order([5], ONE, 50), Order([6], ONE, 50))
+    until(lambda: engine.running == 1)
+    assert engine.is_alive
+    rows.gate.set()
+    assert first.end() == second.end() == Failed("the server is stopping: try another", again=True)
+    until(lambda: not engine.is_alive)
+    with pytest.raises(BusyError, match="stopping"):
+        ask(engine, Order([5], ONE, 1))
+
+
 def test_the_end_fails_what_is_not_answered(start: Start) -> None:
     rows = ScriptedRows(1)
     rows.gate.clear()

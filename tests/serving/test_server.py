@@ -397,6 +397,23 @@ def test_a_model_that_fails_is_an_error_whole_and_streamed(
         list(client_of(live).completions.create(model="tiny", prompt=[5], max_tokens=3, stream=True))
 
 
+def test_a_server_whose_engine_failed_is_not_healthy(
+    scripted: tuple[ApiServer, ScriptedRows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, _ = scripted
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(ScriptedRows, "end", broken)
+    assert httpx.get(f"{live.address}/health").status_code == 200
+    for _ in range(2):
+        refused = httpx.post(f"{live.address}/v1/completions", json={"prompt": [5], "max_tokens": 1}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+    unhealthy = httpx.get(f"{live.address}/health")
+    assert (unhealthy.status_code, unhealthy.json()) == (503, {"status": "stopped"})
+
+
 def test_the_end_of_a_server_is_not_waited_for_by_its_clients(
     model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,15 +175,26 @@ class Engine:
         return min(max(1, math.ceil(rounds * self._seconds)), LONGEST_RETRY)
 
     def _run(self) -> None:
-        while not self._closing:
-            with self._news:
-                while not (self._closing or self._waiting or self.running):
-                    self._news.wait()
-            self._round()
-        for row in self._present():
-            self._end(row, STOPPING)
-        while self._waiting:
-            self._say(self._waiting.popleft(), STOPPING)
+        try:
+            while not self._closing:
+                with self._news:
+                    while not (self._closing or self._waiting or self.running):
+                        self._news.wait()
+                self._round()
+        except Exception:  # not even a row can be emptied: of a GPU that is lost, nothing works again
+            logger.exception("the engine failed")
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Take no more, and tell those that are not answered."""
+        with self._news:
+            self._closing = True
+            left = [*(row.ticket for row in self._present()), *self._waiting]
+            self._rows = [None] * self.slots
+            self._waiting.clear()
+        for ticket in left:
+            self._say(ticket, STOPPING)
 
     def _round(self) -> None:
         for row in self._present():
@@ -306,9 +317,10 @@ class Engine:
 
     def _end(self, row: _Row, ending: Finished | Failed | None) -> None:
         """Empty a slot, and say how the answer ended unless nobody wants to know."""
-        self._rows[row.slot] = None
-        self.totals.streams += self._model.streams(row.slot)
+        streams = self._model.streams(row.slot)
         self._model.end(row.slot)
+        self._rows[row.slot] = None
+        self.totals.streams += streams
         if ending is None:
             self.totals.cancelled += 1
         else:
