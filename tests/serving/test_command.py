@@ -62,7 +62,7 @@ def test_keys_stand_a_line_each(tmp_path: Path) -> None:
     assert read_keys(tmp_path / "keys") == ["sk-1", "sk-2"]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_process_serves_until_it_is_told_to_end(tiny_run: Path, ending: signal.Signals) -> None:
     command = [*COMMAND, "serve", f"{tiny_run}/", "--port", "0", "--slots", "2"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
