@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .static import StaticStreamCache
 
+MOST_GRAPHS = 256
+"""That torch may make of one function; its own limit is 8, which a few budgets or lengths reach."""
+
 Advance = Callable[[Tensor, Tensor, StaticStreamCache], Tensor]
 """`advance` of a model."""
 
@@ -31,6 +34,7 @@ class StepGraph:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._advance = advance
         if backend is not None:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
             self._advance = torch.compile(advance, fullgraph=True, dynamic=False, backend=backend)
 
     @torch.inference_mode()

@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from thoughtbubbles.model.graph import MOST_GRAPHS
+
 if TYPE_CHECKING:
     from thoughtbubbles.model.modeling import ThoughtbubblesForCausalLM
 
@@ -48,8 +50,6 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-MOST_GRAPHS = 256
-"""Of one function: blocks that are compiled by themselves share theirs, one for each width, mode and budget."""
 LRU_CACHE_WARNING = "Dynamo detected a call to a `functools.lru_cache`-wrapped function"
 
 
@@ -69,7 +69,7 @@ def compile_model(
     """
     # Of budgets in exact arithmetic, which are constants to a graph.
     warnings.filterwarnings("ignore", message=LRU_CACHE_WARNING)
-    # Torch's own limit is 8, which a few budgets reach.
+    # Blocks that are compiled by themselves share their graphs, one for each width, mode and budget.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     if pieces == "whole":
         model.compile(fullgraph=True, dynamic=False, backend=backend)
