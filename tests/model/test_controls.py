@@ -288,7 +288,7 @@ def entering(config: Any) -> Streams:
 def test_copies_are_equal_streams_at_fractional_positions() -> None:
     config = tiny_config(routing="copy", budget=3)
     before = entering(config)
-    after = copier_of(config)(before, parse_budget(3))
+    after = copier_of(config)(before, 3)
     assert after.token.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 0, 0, 1, 1, 1, *[4] * 6]]
     assert torch.equal(after.residual, before.residual.repeat_interleave(3, dim=1))
     assert not after.log_score.any()
