@@ -223,6 +223,11 @@ class ThoughtbubblesConfig(PreTrainedConfig):
         """Whether one forward over a text lets predictions depend on later tokens: no left-to-right likelihood."""
         return self.rule.leaks and bool(self.gated_layers)
 
+    @property
+    def has_row_budgets(self) -> bool:
+        """Whether each row of a batch may have its own budget; the release merges otherwise at budget 1."""
+        return self.rule.router is not None and not self.leaks and self.attenuation != "released"
+
     def exact_budget(self, override: Budget | None = None) -> Fraction:
         """The budget of a call as an exact rational: `override`, or else the configured one.
 

@@ -82,8 +82,11 @@ class StreamGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME] = given
         if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            make = self._static_cache if named == "static" else _growing_cache
-            model_kwargs[CACHE_NAME] = make(rows, max_cache_length, model_kwargs.get("budget"))
+            model_kwargs[CACHE_NAME] = (
+                self._static_cache(rows, max_cache_length, model_kwargs.get("budget"))
+                if named == "static"
+                else StreamCache()
+            )
 
     def _static_cache(self: Any, rows: int, longest: int, budget: Budget | list[Budget] | None) -> StreamCache:
         given = budget if isinstance(budget, list) else [budget]
@@ -149,10 +152,6 @@ class StreamGenerationMixin(GenerationMixin):
         if outputs.get("cache") is not None:
             model_kwargs[CACHE_NAME] = outputs["cache"]
         return model_kwargs
-
-
-def _growing_cache(rows: int, longest: int, budget: Budget | list[Budget] | None) -> StreamCache:
-    return StreamCache()
 
 
 class RowEnd(StoppingCriteria):

@@ -277,7 +277,7 @@ class ThoughtbubblesModel(ThoughtbubblesPreTrainedModel):
             return self.config.exact_budget(budget)
         if len(budget) != len(given):
             raise ValueError(f"budget={budget}: expected one, or one for each of {len(given)} rows")
-        if self.config.rule.router is None or self.config.leaks or self.config.attenuation == "released":
+        if not self.config.has_row_budgets:
             raise ValueError(
                 f"budget={budget}: expected one for all rows with routing {self.config.routing} and attenuation "
                 f"{self.config.attenuation}"

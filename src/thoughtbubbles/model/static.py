@@ -21,7 +21,6 @@ from .budget import Budget, RowBudgets, floor_times, parse_budget
 from .cache import Placement, StreamCache
 from .configuration import ThoughtbubblesConfig
 from .memory import CreditMemory, ForkMemory, RouteMemory
-from .routing import on_grid
 
 __all__ = ["StaticStreamCache"]
 
@@ -212,7 +211,7 @@ class StaticForkMemory(StaticRouteMemory):
             with torch.inference_mode(False):
                 self.scores = torch.full((len(scores), places), -torch.inf, dtype=scores.dtype, device=scores.device)
         order = torch.argsort(~optional, dim=1, stable=True)
-        packed = on_grid(scores).masked_fill(~optional, -torch.inf).gather(1, order)
+        packed = scores.masked_fill(~optional, -torch.inf).gather(1, order)
         place = self.count[:, None] + torch.arange(order.shape[1], device=scores.device)
         self.scores.scatter_(1, place.clamp(max=self.scores.shape[1] - 1), packed)
         self.count.add_(optional.sum(1))

@@ -80,11 +80,10 @@ class GrowingRows:
         self._model = model
         self._caches: list[StreamCache | None] = [None] * slots
         self._budgets: list[Fraction | None] = [None] * slots
-        self._streams = [0] * slots
 
     def begin(self, slot: int, budget: Fraction) -> None:
         """Make an empty slot ready for a row."""
-        self._caches[slot], self._budgets[slot], self._streams[slot] = StreamCache(), budget, 0
+        self._caches[slot], self._budgets[slot] = StreamCache(), budget
 
     def read(self, slot: int, ids: Sequence[int], every: bool = False) -> Tensor:
         """More of a row's prompt: logits [V], or [n, V]."""
@@ -103,11 +102,12 @@ class GrowingRows:
 
     def end(self, slot: int) -> None:
         """Forget a row."""
-        self._caches[slot], self._budgets[slot], self._streams[slot] = None, None, 0
+        self._caches[slot], self._budgets[slot] = None, None
 
     def streams(self, slot: int) -> int:
         """Streams alive after the last layer, over all tokens of a row so far."""
-        return self._streams[slot]
+        cache = self._caches[slot]
+        return 0 if cache is None or not cache.is_initialized else sum(cache.attention[-1].lengths)
 
     @torch.inference_mode()
     def _pass(self, slot: int, ids: Tensor, keep: int) -> Tensor:
@@ -117,10 +117,7 @@ class GrowingRows:
             cache=self._caches[slot],
             budget=self._budgets[slot],
             logits_to_keep=keep,
-            output_streams=True,
         )
-        assert out.streams is not None
-        self._streams[slot] += int(out.streams[-1].alive.sum())
         logits: Tensor = out.logits[0]
         return logits
 
@@ -129,7 +126,7 @@ class StaticRows:
     """`DecodingRows` over one cache of fixed shapes, so that a step is one pass of all rows.
 
     Args:
-        model: in evaluation mode, whose rule lets rows have their own budgets (`suits`).
+        model: in evaluation mode, whose rows may have their own budgets.
         slots: rows.
         most: the greatest budget of a row.
     """
@@ -137,9 +134,9 @@ class StaticRows:
     def __init__(self, model: ThoughtbubblesForCausalLM, slots: int, most: Fraction) -> None:
         self.slots, self.longest = slots, int(model.config.max_position_embeddings)
         self._model, self._cache = model, StaticStreamCache(slots, self.longest, most, model.device)
-        self._budgets = [Fraction(1)] * slots
+        self._budgets = RowBudgets([Fraction(1)] * slots, model.device)
         with torch.inference_mode():
-            self._cache.begin(model.config, RowBudgets(self._budgets, model.device), slots)
+            self._cache.begin(model.config, self._budgets, slots)
             self._step = StepGraph(model.advance, self._cache)
             # Makes room for all that is kept.
             self._cache.step([True] * slots)
@@ -150,24 +147,17 @@ class StaticRows:
             if self._step.is_replayed:
                 self._step.prepare()
 
-    @staticmethod
-    def suits(model: ThoughtbubblesForCausalLM) -> bool:
-        """Whether rows of the model may have their own budgets."""
-        config = model.config
-        return config.rule.router is not None and not config.leaks and config.attenuation != "released"
-
     @torch.inference_mode()
     def begin(self, slot: int, budget: Fraction) -> None:
         """Make an empty slot ready for a row."""
         self._cache.clear(slot, budget)
-        self._budgets[slot] = budget
 
     @torch.inference_mode()
     def read(self, slot: int, ids: Sequence[int], every: bool = False) -> Tensor:
         """More of a row's prompt: logits [V], or [n, V]."""
         given = torch.tensor([list(ids)], device=self._model.device)
         with self._cache.row(slot) as row:
-            out = self._model(given, cache=row, budget=[self._budgets[slot]], logits_to_keep=0 if every else 1)
+            out = self._model(given, cache=row, budget=[self._budgets.exact[slot]], logits_to_keep=0 if every else 1)
         logits: Tensor = out.logits[0]
         return logits if every else logits[-1]
 
@@ -187,4 +177,4 @@ class StaticRows:
 
 def make_rows(model: ThoughtbubblesForCausalLM, slots: int, most: Fraction) -> DecodingRows:
     """Rows of a model at budgets up to `most`: over one cache of fixed shapes where its rule allows."""
-    return StaticRows(model, slots, most) if StaticRows.suits(model) else GrowingRows(model, slots)
+    return StaticRows(model, slots, most) if model.config.has_row_budgets else GrowingRows(model, slots)
