@@ -160,10 +160,7 @@ def _percent(share: float | None) -> str:
 
 def points(difference: Estimate) -> str:
     """A difference of shares and its interval, in points."""
-    text = f"{100 * difference.mean:+.1f}"
-    if math.isinf(difference.low):
-        return text
-    return f"{text} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    return interval(difference, scale=100, digits=1)
 
 
 def tuning_table(report: Report) -> Table:

@@ -181,11 +181,10 @@ def estimate(values: npt.NDArray[np.float64]) -> Estimate:
     return Estimate(mean, mean - margin, mean + margin, seeds, blocks)
 
 
-def interval(estimate: Estimate) -> str:
-    """A difference and its interval."""
-    if math.isinf(estimate.low):
-        return f"{estimate.mean:+.4f}"
-    return f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+def interval(estimate: Estimate, scale: float = 1, digits: int = 4) -> str:
+    """A difference and its interval, times `scale`."""
+    mean, low, high = (f"{scale * each:+.{digits}f}" for each in (estimate.mean, estimate.low, estimate.high))
+    return mean if math.isinf(estimate.low) else f"{mean} [{low}, {high}]"
 
 
 def spread_of(values: npt.ArrayLike) -> float | None:

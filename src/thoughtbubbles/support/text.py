@@ -71,6 +71,11 @@ def document_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(dict.fromkeys(map(int, found)))
 
 
+def token_list(ends: int | list[int] | None) -> list[int]:
+    """The tokens of a setting that names one, several or none."""
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
 def text_ends(tokenizer: "PreTrainedTokenizerBase", settings: Any) -> list[int]:
     """The tokens that end what a model writes: those that end a document, and those that its own settings name.
 
@@ -78,9 +83,8 @@ def text_ends(tokenizer: "PreTrainedTokenizerBase", settings: Any) -> list[int]:
         tokenizer: of the model.
         settings: the model's `generation_config`, or None.
     """
-    own = getattr(settings, "eos_token_id", None)
-    named = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys([*document_ends(tokenizer), *(int(end) for end in named if end is not None)]))
+    own = token_list(getattr(settings, "eos_token_id", None))
+    return list(dict.fromkeys([*document_ends(tokenizer), *map(int, own)]))
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -23,6 +23,7 @@ from thoughtbubbles.support.machine import choose_precision, device_type, has_bf
 from thoughtbubbles.support.metrics import read_metrics
 from thoughtbubbles.support.progress import say
 from thoughtbubbles.support.signals import StopRequest, stop_on_signals
+from thoughtbubbles.support.text import token_list
 from thoughtbubbles.training.callbacks import MetricsWriter, ProgressDisplay, Trackers
 from thoughtbubbles.training.checkpoints import Checkpoint, disk_full, last_checkpoint, newest_sound
 from thoughtbubbles.training.configuration import build_config
@@ -196,8 +197,7 @@ def build_model(recipe: Recipe, config: ThoughtbubblesConfig, progress: bool = F
 
 def _all_ends(*several: int | list[int] | None) -> int | list[int] | None:
     """The tokens that end a generation by one setting or another, those of a model that a run starts from kept."""
-    listed = [each if isinstance(each, list) else [each] for each in several if each is not None]
-    ends = list(dict.fromkeys(token for each in listed for token in each))
+    ends = list(dict.fromkeys(token for each in several for token in token_list(each)))
     return ends if len(ends) > 1 else next(iter(ends), None)
 
 
