@@ -142,8 +142,13 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 def test_what_is_not_served_is_refused_by_name(
     served: ServedModel, fields: dict[str, Any], param: str, words: str
 ) -> None:
+    check_refusal(completions, served, fields, param, words)
+
+
+def check_refusal(read: Any, served: ServedModel, fields: dict[str, Any], param: str, words: str) -> None:
+    """One line names the field and says some words."""
     with pytest.raises(RefusedError) as caught:
-        completions(served, **fields)
+        read(served, **fields)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert words in caught.value.message
     assert "\n" not in caught.value.message
@@ -175,10 +180,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
 def test_what_a_chat_does_not_serve_is_refused_by_name(
     served: ServedModel, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    with pytest.raises(RefusedError) as caught:
-        chats(served, **fields)
-    assert (caught.value.status, caught.value.param) == (400, param)
-    assert words in caught.value.message
+    check_refusal(chats, served, fields, param, words)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])

@@ -382,15 +382,20 @@ def test_whom_there_is_no_room_for_is_told_when_to_come_again(scripted: tuple[Ap
     assert httpx.post(f"{live.address}/v1/completions", json={"prompt": [5], "n": 3}).status_code == 400
 
 
+def failing(message: str) -> Any:
+    """A method of rows that fails."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    return fail
+
+
 def test_a_model_that_fails_is_an_error_whole_and_streamed(
     scripted: tuple[ApiServer, ScriptedRows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live, _ = scripted
-
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(ScriptedRows, "step", broken)
+    monkeypatch.setattr(ScriptedRows, "step", failing("no memory"))
     with pytest.raises(openai.InternalServerError, match="the model failed: no memory"):
         client_of(live).completions.create(model="tiny", prompt=[5], max_tokens=3)
     with pytest.raises(openai.APIError, match="the model failed: no memory"):
@@ -401,11 +406,7 @@ def test_a_server_whose_engine_failed_is_not_healthy(
     scripted: tuple[ApiServer, ScriptedRows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live, _ = scripted
-
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("the device is lost")
-
-    monkeypatch.setattr(ScriptedRows, "end", broken)
+    monkeypatch.setattr(ScriptedRows, "end", failing("the device is lost"))
     assert httpx.get(f"{live.address}/health").status_code == 200
     for _ in range(2):
         refused = httpx.post(f"{live.address}/v1/completions", json={"prompt": [5], "max_tokens": 1}, timeout=60)
